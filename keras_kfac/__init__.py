@@ -1,0 +1,8 @@
+"""K-FAC natural-gradient optimisation for Keras 3 on TensorFlow."""
+
+from keras_kfac._version import __version__
+from keras_kfac.callbacks import KFACCallback
+from keras_kfac.curvature.coverage import Coverage, CoverageRow
+from keras_kfac.optimizer import KFAC
+
+__all__ = ["KFAC", "Coverage", "CoverageRow", "KFACCallback", "__version__"]

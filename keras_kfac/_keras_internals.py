@@ -1,0 +1,49 @@
+"""Every use of a name that Keras or TensorFlow does not document, in one place.
+
+Each function says why no public way exists. Outside this module the package uses public API
+only, with one exception that Keras intends to be overridden: `Optimizer._backend_update_step`
+(and its helper `_var_key`), the only place that sees all gradients after clipping, weight decay
+and accumulation; `update_step` sees one variable at a time.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def flatten_layers(model: keras.Layer) -> list[keras.Layer]:
+    """The model and all layers below it, each once. `Model.layers` lists one level only."""
+    seen: dict[int, keras.Layer] = {}
+    for layer in model._flatten_layers(include_self=True, recursive=True):
+        seen.setdefault(id(layer), layer)
+    return list(seen.values())
+
+
+def loss_logits(outputs: tf.Tensor) -> tf.Tensor | None:
+    """The logits that Keras's crossentropies use in place of softmax or sigmoid outputs.
+
+    Keras marks such outputs and then ignores the probabilities (and `from_logits`): the loss that
+    is minimised is a function of these logits.
+    """
+    return getattr(outputs, "_keras_logits", None)
+
+
+def has_mask(outputs: tf.Tensor) -> bool:
+    """Whether Keras masks the outputs in the loss. The mask travels on the tensor."""
+    return getattr(outputs, "_keras_mask", None) is not None
+
+
+def current_graph() -> Any:
+    """Identity of the graph being built; `None` when executing eagerly."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def is_within(graph: Any) -> bool:
+    """Whether tensors of `graph` can be used here: it is this graph or one around it."""
+    current = current_graph()
+    while current is not None:
+        if current is graph:
+            return True
+        current = getattr(current, "outer_graph", None)
+    return graph is None

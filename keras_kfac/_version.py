@@ -1,0 +1,3 @@
+"""The version, where packaging tools find it without importing TensorFlow."""
+
+__version__ = "0.1.0"

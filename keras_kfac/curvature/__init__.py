@@ -1,0 +1,1 @@
+"""Curvature state: which block covers which weights, and what it remembers."""

@@ -1,0 +1,120 @@
+"""Which curvature block covers which weights of a model, and why others have none."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import keras
+
+from keras_kfac import _keras_internals
+from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.registry import find_adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class CoverageRow:
+    """How the trained weights of one layer get their steps.
+
+    Attributes:
+        layer: Path of the layer.
+        layer_type: Its class.
+        weights: Number of trained weights it owns (scalars, not tensors).
+        block: `"kronecker"`, `"fallback"` or `"frozen"`.
+        reason: Why it has no curvature block; empty if it has one.
+    """
+
+    layer: str
+    layer_type: str
+    weights: int
+    block: str
+    reason: str = ""
+
+
+class Coverage(list[CoverageRow]):
+    """Rows of `KFAC.coverage()`; prints as a table."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the trained weights that a curvature block covers, in [0, 1]."""
+        total = sum(row.weights for row in self)
+        covered = sum(row.weights for row in self if row.block == "kronecker")
+        return covered / total if total else 0.0
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "weights", "block", "reason")
+        table = [header] + [
+            (row.layer, row.layer_type, f"{row.weights:,}", row.block, row.reason) for row in self
+        ]
+        widths = [max(len(line[column]) for line in table) for column in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[4]])
+            for line in table
+        ]
+        lines.append(f"{100 * self.fraction:.1f} % of the trained weights have a curvature block.")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+class CoveragePlan(NamedTuple):
+    """The adapters to build blocks for, and the table that says so."""
+
+    adapters: list[LayerAdapter]
+    rows: Coverage
+
+
+def plan_coverage(
+    model: keras.Model,
+    is_trained: Callable[[keras.Variable], bool],
+    called: Collection[int] | None = None,
+    unreachable: Mapping[int, str] | None = None,
+) -> CoveragePlan:
+    """Decides for every layer with weights whether a curvature block covers it.
+
+    Args:
+        model: A built model.
+        is_trained: Whether a variable is among those the optimizer trains.
+        called: `id`s of the layers that a forward pass called; `None` before the first pass.
+        unreachable: Reasons why a layer's tensors can't be had, by `id` of the layer.
+    """
+    adapters, rows = [], Coverage()
+    for layer in _keras_internals.flatten_layers(model):
+        own = _own_variables(layer)
+        if not own:
+            continue
+        trained = [v for v in own if is_trained(v)]
+        adapter, reason = None, "no trained weights"
+        if trained:
+            adapter, reason = _adapter(layer, is_trained, called, unreachable or {})
+        if adapter is not None:
+            adapters.append(adapter)
+        block = "frozen" if not trained else "fallback" if adapter is None else "kronecker"
+        count = sum(int(v.value.shape.num_elements()) for v in trained)
+        name = getattr(layer, "path", None) or layer.name
+        rows.append(CoverageRow(name, type(layer).__name__, count, block, reason))
+    return CoveragePlan(adapters, rows)
+
+
+def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Weights that the layer itself holds, not the layers below it."""
+    below = {
+        id(v)
+        for child in _keras_internals.flatten_layers(layer)
+        if child is not layer
+        for v in child.weights
+    }
+    return [v for v in layer.weights if id(v) not in below]
+
+
+def _adapter(
+    layer: keras.Layer,
+    is_trained: Callable[[keras.Variable], bool],
+    called: Collection[int] | None,
+    unreachable: Mapping[int, str],
+) -> tuple[LayerAdapter | None, str]:
+    adapter_class, reason = find_adapter(layer)
+    if adapter_class is None:
+        return None, reason
+    if id(layer) in unreachable:
+        return None, unreachable[id(layer)]
+    if called is not None and id(layer) not in called:
+        return None, "not called in the model's forward pass"
+    return adapter_class(layer, is_trained), ""

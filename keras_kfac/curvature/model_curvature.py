@@ -1,0 +1,96 @@
+"""The curvature of a model: all its blocks, updated and refreshed together."""
+
+from collections.abc import Mapping, Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_kfac.curvature.block import AddVariable, KroneckerBlock
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import ModelLoss
+from keras_kfac.introspection.statistics import Fisher, collect
+
+
+class ModelCurvature:
+    """A block-diagonal approximation of a model's Fisher matrix.
+
+    Attributes:
+        blocks: One block for each adapted layer.
+    """
+
+    def __init__(self, adapters: Sequence[LayerAdapter], add_variable: AddVariable) -> None:
+        self.blocks = [KroneckerBlock(adapter, add_variable) for adapter in adapters]
+        self._dtype = tf.float32
+        if any(block.input_factor.dtype == "float64" for block in self.blocks):
+            self._dtype = tf.float64
+
+    @property
+    def state(self) -> dict[str, keras.Variable]:
+        """All variables by a name that does not depend on the names of layers."""
+        return {
+            f"block/{index}/{name}": variable
+            for index, block in enumerate(self.blocks)
+            for name, variable in block.state.items()
+        }
+
+    def covers(self, variable: keras.Variable) -> bool:
+        """Whether a block covers the variable."""
+        return any(variable is v for block in self.blocks for v in block.adapter.variables)
+
+    def update(
+        self,
+        passes: Sequence[ForwardPass],
+        loss: ModelLoss,
+        fisher: Fisher,
+        seed: tf.Tensor,
+        decay: tf.Tensor,
+    ) -> None:
+        """Includes the factors of the given forward passes in the moving averages."""
+        adapters = [block.adapter for block in self.blocks]
+        batch = collect(passes, adapters, loss, fisher, seed, self._dtype)
+        for block in self.blocks:
+            statistics = batch.layers.get(id(block.adapter.layer))
+            if statistics is not None:
+                block.update(statistics, batch.examples, decay)
+
+    def refresh(self, damping: tf.Tensor) -> None:
+        """Inverts the damped factors of all blocks."""
+        for block in self.blocks:
+            block.refresh(damping)
+
+    def precondition(self, gradients: Mapping[int, tf.Tensor]) -> tuple[Gradients, tf.Tensor]:
+        """Natural gradient of all covered variables that have a gradient.
+
+        Args:
+            gradients: By `id` of the variable.
+
+        Returns:
+            Directions by `id` of the variable, and their inner product with the gradients.
+
+        Raises:
+            ValueError: If a part of a block has no gradient.
+        """
+        directions: Gradients = {}
+        inner_product = tf.zeros((), self._dtype)
+        for block in self.blocks:
+            variables = block.adapter.variables
+            present = {id(v): gradients[id(v)] for v in variables if id(v) in gradients}
+            if not present:
+                continue
+            if len(present) < len(variables):
+                raise ValueError(
+                    "The trained weights of a layer changed after K-FAC built its curvature "
+                    "block. Compile the model again with a new optimizer after freezing. Received: "
+                    f"layer {block.adapter.layer.name!r} without gradients for "
+                    f"{[v.path for v in variables if id(v) not in present]}"
+                )
+            direction, product = block.precondition(present)
+            directions.update(direction)
+            inner_product += tf.cast(product, self._dtype)
+        return directions, inner_product
+
+    def failed_refreshes(self) -> dict[str, int]:
+        """Layers whose damped factors could not be inverted, and how often."""
+        counts = {b.adapter.layer.name: int(b.failed_refreshes.numpy()) for b in self.blocks}
+        return {name: count for name, count in counts.items() if count}

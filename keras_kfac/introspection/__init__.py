@@ -1,0 +1,1 @@
+"""What K-FAC needs to know of Keras: layers, forward passes and losses."""

@@ -1,0 +1,205 @@
+"""Layer adapters: how a layer's weights, inputs and gradients become matrices.
+
+An adapter presents one layer in the convention of `keras_kfac.math`: inputs and gradients of the
+pre-activations as rows `[..., batch, positions, features]`, kernel and bias gradient as one matrix
+`[..., d_in, d_out]`, the bias in the last row. A new layer is one adapter class and one entry in
+`registry.py`.
+"""
+
+import abc
+import math
+from collections.abc import Callable, Collection
+
+import keras
+import tensorflow as tf
+
+from keras_kfac.math import factors, patches
+
+Gradients = dict[int, tf.Tensor]
+"""Gradients (or directions) of a layer's variables, by `id` of the variable."""
+
+
+class LayerAdapter(abc.ABC):
+    """A layer with a kernel, a bias, or both, and an affine map in between.
+
+    Attributes:
+        layer: The adapted layer, built.
+        kernel: Its kernel if that is trained, else `None`.
+        bias: Its bias if that is trained, else `None`.
+    """
+
+    def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
+        self.layer = layer
+        kernel, bias = self.parameters(layer)
+        self.kernel = kernel if kernel is not None and trained(kernel) else None
+        self.bias = bias if bias is not None and trained(bias) else None
+
+    @classmethod
+    @abc.abstractmethod
+    def methods(cls) -> Collection[str]:
+        """Names of the layer's methods whose mathematics the adapter relies on."""
+
+    @classmethod
+    def unsupported_reason(cls, layer: keras.Layer, base: type[keras.Layer]) -> str | None:
+        """Why `layer`, an instance of `base`, can't be adapted; `None` if it can."""
+        for name in cls.methods():
+            if getattr(type(layer), name) is not getattr(base, name):
+                return f"{type(layer).__name__} overrides `{base.__name__}.{name}`"
+        if getattr(layer, "lora_enabled", False):
+            return "LoRA is enabled: the kernel is a sum of a frozen and a factored matrix"
+        if layer.quantization_mode is not None:
+            return f"the layer is quantized ({layer.quantization_mode})"
+        return None
+
+    @staticmethod
+    def parameters(
+        layer: keras.Layer,
+    ) -> tuple[keras.Variable | None, keras.Variable | None]:
+        """Kernel and bias of a built layer."""
+        return layer.kernel, layer.bias
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The trained variables that the adapter covers."""
+        return [v for v in (self.kernel, self.bias) if v is not None]
+
+    @property
+    def groups(self) -> int | None:
+        """Number of independent blocks, or `None` for one block without a leading axis."""
+        return None
+
+    @property
+    @abc.abstractmethod
+    def kernel_dims(self) -> tuple[int, int]:
+        """Rows and columns of the kernel as a matrix, of one group."""
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """`(d_in, d_out)` of the block, the homogeneous coordinate included."""
+        rows = self.kernel_dims[0] if self.kernel is not None else 0
+        return rows + (self.bias is not None), self.kernel_dims[1]
+
+    @abc.abstractmethod
+    def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Rows that the kernel multiplies: `[..., batch, positions, kernel_dims[0]]`."""
+
+    @abc.abstractmethod
+    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+        """Rows of pre-activation gradients: `[..., batch, positions, d_out]`."""
+
+    def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Rows of layer inputs: `[..., batch, positions, d_in]`."""
+        if self.kernel is None:  # The bias alone sees the constant 1, wherever it is applied.
+            leading = [] if self.groups is None else [self.groups]
+            return tf.ones([*leading, tf.shape(inputs)[0], 1, 1], inputs.dtype)
+        rows = self.kernel_rows(inputs)
+        if self.bias is None:
+            return rows
+        return factors.with_homogeneous_coordinate(rows)
+
+    def to_matrix(self, gradients: Gradients) -> tf.Tensor:
+        """Joins kernel and bias gradients into `[..., d_in, d_out]`."""
+        parts = []
+        if self.kernel is not None:
+            parts.append(self._kernel_to_matrix(gradients[id(self.kernel)]))
+        if self.bias is not None:
+            rows = [] if self.groups is None else [self.groups]
+            bias = gradients[id(self.bias)]
+            parts.append(tf.reshape(bias, [*rows, 1, self.kernel_dims[1]]))
+        return parts[0] if len(parts) == 1 else tf.concat(parts, axis=-2)
+
+    def from_matrix(self, matrix: tf.Tensor) -> Gradients:
+        """Inverse of `to_matrix`."""
+        result = {}
+        if self.bias is not None:
+            result[id(self.bias)] = tf.reshape(matrix[..., -1, :], self.bias.shape)
+        if self.kernel is not None:
+            rows = matrix[..., : self.kernel_dims[0], :]
+            result[id(self.kernel)] = self._matrix_to_kernel(rows)
+        return result
+
+    def _kernel_to_matrix(self, kernel: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(kernel, self.kernel_dims)
+
+    def _matrix_to_kernel(self, matrix: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(matrix, self.kernel.shape)
+
+
+class DenseAdapter(LayerAdapter):
+    """`keras.layers.Dense` on inputs `[batch, ..., features]`; the middle axes are positions."""
+
+    @classmethod
+    def methods(cls) -> Collection[str]:
+        return ("call",)
+
+    @property
+    def kernel_dims(self) -> tuple[int, int]:
+        kernel, _ = self.parameters(self.layer)
+        return tuple(kernel.shape)
+
+    def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        return self._rows(inputs)
+
+    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+        return self._rows(gradients)
+
+    @staticmethod
+    def _rows(tensor: tf.Tensor) -> tf.Tensor:
+        if tensor.shape.rank == 2:
+            return tensor[:, tf.newaxis, :]
+        positions = -1 if None in tensor.shape[1:-1] else math.prod(tensor.shape[1:-1])
+        return tf.reshape(tensor, [tf.shape(tensor)[0], positions, tensor.shape[-1]])
+
+
+class Conv2DAdapter(LayerAdapter):
+    """`keras.layers.Conv2D`: every output pixel is a position (KFC, Grosse & Martens 2016)."""
+
+    @classmethod
+    def methods(cls) -> Collection[str]:
+        return ("call", "convolution_op")
+
+    @property
+    def groups(self) -> int | None:
+        return self.layer.groups if self.layer.groups > 1 else None
+
+    @property
+    def kernel_dims(self) -> tuple[int, int]:
+        kernel, _ = self.parameters(self.layer)
+        return math.prod(kernel.shape[:-1]), kernel.shape[-1] // self.layer.groups
+
+    def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        layer = self.layer
+        images = self._channels_last(inputs)
+        rows = patches.patches_2d(
+            images, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate
+        )
+        return self._split(rows, images.shape[-1])
+
+    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+        gradients = self._channels_last(gradients)
+        channels = gradients.shape[-1]
+        rows = tf.reshape(gradients, [tf.shape(gradients)[0], -1, channels])
+        return self._split(rows, channels)
+
+    def _channels_last(self, images: tf.Tensor) -> tf.Tensor:
+        if self.layer.data_format == "channels_first":
+            return tf.transpose(images, [0, 2, 3, 1])
+        return images
+
+    def _split(self, rows: tf.Tensor, channels: int) -> tf.Tensor:
+        if self.groups is None:
+            return rows
+        return patches.split_channel_groups(rows, channels, self.groups)
+
+    # Keras keeps the kernel of a grouped convolution as [height, width, channels_in / groups,
+    # channels_out], the output channels of a group side by side.
+    def _kernel_to_matrix(self, kernel: tf.Tensor) -> tf.Tensor:
+        rows, columns = self.kernel_dims
+        if self.groups is None:
+            return tf.reshape(kernel, [rows, columns])
+        return tf.transpose(tf.reshape(kernel, [rows, self.groups, columns]), [1, 0, 2])
+
+    def _matrix_to_kernel(self, matrix: tf.Tensor) -> tf.Tensor:
+        if self.groups is not None:
+            matrix = tf.transpose(matrix, [1, 0, 2])
+        return tf.reshape(matrix, self.kernel.shape)

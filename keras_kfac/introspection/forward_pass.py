@@ -1,0 +1,153 @@
+"""One training forward pass, recorded: layer inputs, pre-activations, outputs.
+
+While a pass is being recorded, and only then, each adapted layer has an instance-level `call`
+that notes its input and swaps `layer.activation` for a function that sees the pre-activation
+first. A `tf.GradientTape` records from the first pre-activation on, so that gradients of the
+outputs with respect to all pre-activations can be taken later, without a second forward pass.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_kfac import _keras_internals
+
+
+class LayerCall(NamedTuple):
+    """What one call of a layer showed: its input and its pre-activation."""
+
+    inputs: tf.Tensor
+    pre_activation: tf.Tensor
+
+
+class ForwardPass:
+    """The record of one forward pass.
+
+    Attributes:
+        calls: The calls of each layer, by `id` of the layer, in order.
+        unreachable: Reasons why a layer's tensors can't be used, by `id` of the layer.
+        outputs: What the model returned.
+        sample_weight: The weights given to `compute_loss`, if any.
+        scored: Whether `compute_loss` has seen the outputs.
+    """
+
+    def __init__(self, persistent: bool) -> None:
+        self.calls: dict[int, list[LayerCall]] = {}
+        self.unreachable: dict[int, str] = {}
+        self.outputs: Any = None
+        self.sample_weight: Any = None
+        self.targets: Any = None
+        self.scored = False
+        self.tape = tf.GradientTape(persistent=persistent, watch_accessed_variables=False)
+        self._graph = _keras_internals.current_graph()
+
+    def is_usable(self) -> bool:
+        """Whether the recorded tensors belong to the computation under way."""
+        return _keras_internals.is_within(self._graph)
+
+    def add_call(self, layer: keras.Layer, inputs: tf.Tensor, pre_activation: tf.Tensor) -> None:
+        """Notes a call of `layer`."""
+        if _keras_internals.current_graph() is not self._graph:
+            self.unreachable[id(layer)] = (
+                "called inside a loop or tf.function of its own, where its tensors are out of reach"
+            )
+            return
+        self.tape.watch(pre_activation)
+        self.calls.setdefault(id(layer), []).append(LayerCall(inputs, pre_activation))
+
+    def output_gradients(
+        self, layers: Iterable[keras.Layer], targets: Any, vectors: Any
+    ) -> dict[int, list[tf.Tensor]]:
+        """Back-propagates `vectors` from `targets` to the pre-activations of `layers`.
+
+        Returns:
+            Gradients of each layer's calls, by `id` of the layer; zero where the targets do not
+            depend on the layer.
+        """
+        sources = {
+            id(layer): [call.pre_activation for call in self.calls.get(id(layer), [])]
+            for layer in layers
+        }
+        return self.tape.gradient(
+            targets,
+            sources,
+            output_gradients=vectors,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+
+
+class _Recording(threading.local):
+    """Whether a pass is being recorded on this thread: models nest, recordings don't."""
+
+    active = False
+
+
+_recording = _Recording()
+
+
+def is_recording() -> bool:
+    """Whether a forward pass is being recorded on this thread."""
+    return _recording.active
+
+
+@contextlib.contextmanager
+def recording(layers: Iterable[keras.Layer], persistent: bool) -> Iterator[ForwardPass]:
+    """Records what happens to `layers` in the body as one forward pass."""
+    forward_pass = ForwardPass(persistent)
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_recorded_calls(layer, forward_pass))
+        _recording.active = True
+        stack.callback(setattr, _recording, "active", False)
+        stack.enter_context(forward_pass.tape)
+        yield forward_pass
+
+
+@contextlib.contextmanager
+def instance_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of the instance for the duration of the body.
+
+    It goes past `__setattr__`, so that Keras and TensorFlow do not track the value, and leaves the
+    instance's own dictionary exactly as it was.
+    """
+    own = vars(instance)
+    missing = name not in own
+    before = own.get(name)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if missing:
+            del own[name]
+        else:
+            own[name] = before
+
+
+def _recorded_calls(
+    layer: keras.Layer, forward_pass: ForwardPass
+) -> contextlib.AbstractContextManager[None]:
+    call = layer.call
+
+    def recorded_call(*args: Any, **kwargs: Any) -> Any:
+        inputs = args[0] if args else kwargs["inputs"]
+        tap = _tap(layer, inputs, forward_pass)
+        with instance_attribute(layer, "activation", tap):
+            return call(*args, **kwargs)
+
+    return instance_attribute(layer, "call", recorded_call)
+
+
+def _tap(
+    layer: keras.Layer, inputs: tf.Tensor, forward_pass: ForwardPass
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    activation = layer.activation
+
+    def tapped_activation(pre_activation: tf.Tensor) -> tf.Tensor:
+        forward_pass.add_call(layer, inputs, pre_activation)
+        return pre_activation if activation is None else activation(pre_activation)
+
+    return tapped_activation

@@ -1,0 +1,231 @@
+"""Kronecker factors of a step's forward passes, under each kind of Fisher matrix."""
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_kfac import _keras_internals
+from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import ModelLoss, single_output
+from keras_kfac.math import factors
+
+
+class Fisher(enum.StrEnum):
+    """Which Fisher matrix the factors estimate."""
+
+    SAMPLED = "sampled"
+    """The true Fisher, from one target per example sampled from the model."""
+
+    EXACT = "exact"
+    """The true Fisher without sampling noise: one backward pass per output."""
+
+    EMPIRICAL = "empirical"
+    """Outer products of the gradients of the training loss. A different matrix."""
+
+
+class LayerStatistics(NamedTuple):
+    """Kronecker factors of one layer on one batch."""
+
+    input_factor: tf.Tensor
+    output_factor: tf.Tensor
+
+
+class BatchStatistics(NamedTuple):
+    """Factors of all layers that took part, by `id` of the layer, and the number of examples."""
+
+    layers: dict[int, LayerStatistics]
+    examples: tf.Tensor
+
+
+class _ScoredPass(NamedTuple):
+    """A forward pass with the derivative of the loss by the loss at each output position."""
+
+    forward_pass: ForwardPass
+    outputs: tf.Tensor
+    coefficients: tf.Tensor
+    is_weighted: bool
+
+    def example_weights(self) -> tf.Tensor | None:
+        """What each example contributes to the loss, `[batch]`; `None` if all the same."""
+        if not self.is_weighted:
+            return None
+        coefficients = self.coefficients
+        return tf.reduce_sum(coefficients, axis=list(range(1, coefficients.shape.rank)))
+
+
+def collect(
+    passes: Sequence[ForwardPass],
+    adapters: Sequence[LayerAdapter],
+    loss: ModelLoss,
+    fisher: Fisher,
+    seed: tf.Tensor,
+    dtype: tf.DType,
+) -> BatchStatistics:
+    """Computes the Kronecker factors of all adapted layers.
+
+    Several forward passes, and several calls of a layer in one, are terms of one sum: the loss
+    adds them up, so do the output factors; the input factors average over all rows.
+
+    Args:
+        passes: Forward passes that make up the loss of the step.
+        adapters: Layers to cover; those that no pass called are left out of the result.
+        loss: The model's loss.
+        fisher: Which Fisher matrix.
+        seed: Stateless seed, int32 `[2]`, used by the sampled Fisher.
+        dtype: Of the factors.
+    """
+    adapters = [a for a in adapters if any(id(a.layer) in p.calls for p in passes)]
+    scored = [_score(forward_pass, loss) for forward_pass in passes]
+    output_factors = {id(a.layer): tf.zeros((), dtype) for a in adapters}
+    for index, item in enumerate(scored):
+        pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
+        called = [a for a in adapters if id(a.layer) in item.forward_pass.calls]
+        if fisher is Fisher.EXACT:
+            parts = _exact(item, called, loss, dtype)
+        elif fisher is Fisher.SAMPLED:
+            parts = _sampled(item, called, loss, pass_seed, dtype)
+        else:
+            parts = _empirical(item, called, loss, dtype)
+        for key, part in parts.items():
+            output_factors[key] += part
+    layers = {
+        id(a.layer): LayerStatistics(_input_factor(a, scored, dtype), output_factors[id(a.layer)])
+        for a in adapters
+    }
+    return BatchStatistics(layers, tf.add_n([_examples(item, dtype) for item in scored]))
+
+
+def _score(forward_pass: ForwardPass, loss: ModelLoss) -> _ScoredPass:
+    outputs = single_output(forward_pass)
+    coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
+    is_weighted = forward_pass.sample_weight is not None or _keras_internals.has_mask(outputs)
+    return _ScoredPass(forward_pass, outputs, coefficients, is_weighted)
+
+
+def _examples(item: _ScoredPass, dtype: tf.DType) -> tf.Tensor:
+    weights = item.example_weights()
+    if weights is None:
+        return tf.cast(tf.shape(item.outputs)[0], dtype)
+    return tf.reduce_sum(tf.cast(weights > 0, dtype))
+
+
+def _input_factor(
+    adapter: LayerAdapter, scored: Sequence[_ScoredPass], dtype: tf.DType
+) -> tf.Tensor:
+    total, weight = tf.zeros((), dtype), tf.zeros((), dtype)
+    for item in scored:
+        example_weights = item.example_weights()
+        for call in item.forward_pass.calls.get(id(adapter.layer), []):
+            rows = adapter.input_rows(tf.cast(call.inputs, dtype))
+            _check_batch(adapter, call.inputs, example_weights)
+            moment, moment_weight = factors.input_moment(rows, example_weights)
+            total, weight = total + moment, weight + moment_weight
+    return tf.math.divide_no_nan(total, weight)
+
+
+def _check_batch(
+    adapter: LayerAdapter, inputs: tf.Tensor, example_weights: tf.Tensor | None
+) -> None:
+    if example_weights is None:
+        return
+    if not inputs.shape[:1].is_compatible_with(example_weights.shape):
+        raise ValueError(
+            "With sample weights or masks, K-FAC needs the same batch axis in a layer's input and "
+            f"in the model's output. Received: layer {adapter.layer.name!r} with inputs of shape "
+            f"{inputs.shape} and weights of shape {example_weights.shape}"
+        )
+
+
+def _output_factors(
+    item: _ScoredPass,
+    adapters: Sequence[LayerAdapter],
+    targets: tf.Tensor,
+    vectors: tf.Tensor | None,
+    dtype: tf.DType,
+) -> dict[int, tf.Tensor]:
+    """Back-propagates vectors and sums the outer products of what arrives at each layer."""
+    gradients = item.forward_pass.output_gradients([a.layer for a in adapters], targets, vectors)
+    return {
+        id(a.layer): tf.add_n(
+            [
+                factors.output_factor(a.output_rows(tf.cast(gradient, dtype)))
+                for gradient in gradients[id(a.layer)]
+            ]
+        )
+        for a in adapters
+    }
+
+
+def _root(coefficients: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    return tf.sqrt(tf.cast(coefficients, dtype))[..., tf.newaxis]
+
+
+def _sampled(
+    item: _ScoredPass,
+    adapters: Sequence[LayerAdapter],
+    loss: ModelLoss,
+    seed: tf.Tensor,
+    dtype: tf.DType,
+) -> dict[int, tf.Tensor]:
+    outputs, likelihood = loss.differentiable_outputs(item.outputs)
+    vectors = likelihood.sampled_vector(outputs, seed)
+    vectors *= _root(item.coefficients, outputs.dtype)
+    return _output_factors(item, adapters, outputs, vectors, dtype)
+
+
+def _exact(
+    item: _ScoredPass, adapters: Sequence[LayerAdapter], loss: ModelLoss, dtype: tf.DType
+) -> dict[int, tf.Tensor]:
+    """One backward pass for each output at each position: no cross terms between positions."""
+    outputs, likelihood = loss.differentiable_outputs(item.outputs)
+    root = _root(item.coefficients, outputs.dtype)
+    width, shape = outputs.shape[-1], tf.shape(outputs)
+    positions = tf.reduce_prod(shape[1:-1])
+    position_shape = tf.concat([[1], shape[1:-1], [1]], axis=0)
+
+    def add_column(index: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        position = tf.one_hot(index // width, positions, dtype=outputs.dtype)
+        column = likelihood.root_column(outputs, index % width)
+        column *= root * tf.reshape(position, position_shape)
+        parts = _output_factors(item, adapters, outputs, column, dtype)
+        return index + 1, *(total + parts[id(a.layer)] for a, total in zip(adapters, sums))
+
+    sums = [tf.zeros(_output_shape(a), dtype) for a in adapters]
+    _, *sums = tf.while_loop(
+        lambda index, *_: index < width * positions,
+        add_column,
+        (tf.constant(0), *sums),
+        parallel_iterations=1,
+    )
+    return {id(a.layer): total for a, total in zip(adapters, sums)}
+
+
+def _output_shape(adapter: LayerAdapter) -> list[int]:
+    leading = [] if adapter.groups is None else [adapter.groups]
+    return [*leading, adapter.dims[1], adapter.dims[1]]
+
+
+def _empirical(
+    item: _ScoredPass, adapters: Sequence[LayerAdapter], loss: ModelLoss, dtype: tf.DType
+) -> dict[int, tf.Tensor]:
+    """Gradients of the training loss, scaled so that the outer products are on the Fisher's scale.
+
+    With the loss `Σ c_p ℓ_p` and `ℓ_p = -w log r`, the matrix is `Σ c_p / w ∇ℓ_p ∇ℓ_pᵀ`.
+    """
+    forward_pass = item.forward_pass
+    if not forward_pass.scored:
+        raise RuntimeError(
+            "The empirical Fisher needs the training targets, which K-FAC sees in "
+            "`model.compute_loss` only. In a custom training loop compute the loss by "
+            "`model.compute_loss(x, y, y_pred, sample_weight)`, or use fisher='sampled'."
+        )
+    (targets,) = tf.nest.flatten(forward_pass.targets)
+    weight = loss.likelihood_weight(item.outputs)
+    with forward_pass.tape:
+        values = loss.values(targets, item.outputs)
+        scaled = values * tf.cast(tf.sqrt(item.coefficients / weight), values.dtype)
+        total = tf.reduce_sum(scaled)
+    return _output_factors(item, adapters, total, None, dtype)

@@ -1,0 +1,60 @@
+"""Kronecker factors from rows of layer inputs and output gradients.
+
+The scale of the loss lives in the output gradients alone: if `g` is the back-propagated root of
+the loss curvature (see `likelihood.py`), reduction, sample weights and mean over outputs included,
+then with
+
+    A = weighted mean of a aᵀ over batch and positions,    G = sum of g gᵀ over batch and positions
+
+the product `A ⊗ G` is the block of the Fisher matrix *of the loss that is being minimised* under
+the "expand" approximation of weight sharing. No count of examples or positions appears anywhere
+else. Sources: M&G section 3; Grosse & Martens (2016), arXiv:1602.01407 (KFC); Eschenhagen et
+al. (2023), arXiv:2311.00636 (expand and reduce).
+"""
+
+import tensorflow as tf
+
+
+def with_homogeneous_coordinate(rows: tf.Tensor) -> tf.Tensor:
+    """Appends the constant 1 that multiplies the bias: `[..., d]` becomes `[..., d + 1]`."""
+    return tf.concat([rows, tf.ones_like(rows[..., :1])], axis=-1)
+
+
+def _merge_positions(rows: tf.Tensor) -> tf.Tensor:
+    """`[..., batch, positions, d]` to `[..., batch * positions, d]`."""
+    shape = tf.shape(rows)
+    merged = tf.reshape(rows, tf.concat([shape[:-3], [shape[-3] * shape[-2]], shape[-1:]], axis=0))
+    return tf.ensure_shape(merged, [*rows.shape[:-3], None, rows.shape[-1]])
+
+
+def input_moment(
+    rows: tf.Tensor, example_weights: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sum of `a aᵀ` over examples and positions, and the weight of the sum.
+
+    The input factor `A` is the first over the second; both add up over several calls of a layer.
+
+    Args:
+        rows: `[..., batch, positions, d_in]`.
+        example_weights: `[batch]`, non-negative, any scale; `None` weights all examples alike.
+            An example of weight 0 does not count, whatever it holds.
+
+    Returns:
+        `[..., d_in, d_in]` and a scalar.
+    """
+    positions = tf.cast(tf.shape(rows)[-2], rows.dtype)
+    if example_weights is None:
+        total = tf.cast(tf.shape(rows)[-3], rows.dtype)
+    else:
+        weights = tf.cast(example_weights, rows.dtype)[:, tf.newaxis, tf.newaxis]
+        # `where` and not a product alone: 0 * inf of an ignored example must be 0.
+        rows = tf.where(weights > 0, rows * tf.sqrt(weights), tf.zeros_like(rows))
+        total = tf.reduce_sum(weights)
+    merged = _merge_positions(rows)
+    return tf.matmul(merged, merged, transpose_a=True), total * positions
+
+
+def output_factor(rows: tf.Tensor) -> tf.Tensor:
+    """Output factor `G`: the sum of `g gᵀ` over examples and positions, `[..., d_out, d_out]`."""
+    merged = _merge_positions(rows)
+    return tf.matmul(merged, merged, transpose_a=True)

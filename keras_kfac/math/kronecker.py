@@ -1,0 +1,69 @@
+"""Kronecker-factored curvature: damping and preconditioning.
+
+Source: Martens & Grosse (2015), "Optimizing Neural Networks with Kronecker-factored Approximate
+Curvature", arXiv:1503.05671 (M&G below).
+"""
+
+import tensorflow as tf
+
+
+def _mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
+    """Trace over dimension, `[..., 1, 1]`."""
+    dimension = tf.cast(tf.shape(factor)[-1], factor.dtype)
+    return (tf.linalg.trace(factor) / dimension)[..., tf.newaxis, tf.newaxis]
+
+
+def factored_damping(
+    input_factor: tf.Tensor, output_factor: tf.Tensor, damping: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Splits Tikhonov damping of `A ⊗ G` over its factors (M&G section 6.3).
+
+    Returns `A + π√λ I` and `G + √λ/π I` with `π² = (tr A / dim A) / (tr G / dim G)`. Their
+    Kronecker product exceeds `A ⊗ G + λ I` by `π√λ (I ⊗ G) + √λ/π (A ⊗ I)`, which is positive
+    semi-definite. The split does not change when a scale moves from one factor to the other.
+
+    Two cases are exact instead. A 1 x 1 factor takes no damping, so that the product is
+    `A ⊗ G + λ I`. A factor of trace zero (a dead layer) makes the block `λ I`.
+
+    Args:
+        input_factor: `A`, `[..., d_in, d_in]`.
+        output_factor: `G`, `[..., d_out, d_out]`.
+        damping: `λ >= 0`, scalar, in units of the curvature (loss per squared weight).
+
+    Returns:
+        The two damped factors, shapes as given.
+
+    Example:
+    >>> a, g = factored_damping(4.0 * tf.eye(2), tf.eye(3), tf.constant(0.25))
+    >>> float(a[0, 0]), float(g[0, 0])  # π = 2, √λ = 0.5
+    (5.0, 1.25)
+    """
+    damping = tf.cast(damping, input_factor.dtype)
+    mean_a, mean_g = _mean_eigenvalue(input_factor), _mean_eigenvalue(output_factor)
+    alive = tf.logical_and(mean_a > 0, mean_g > 0)
+    one = tf.ones((), input_factor.dtype)
+    safe_a, safe_g = tf.where(alive, mean_a, one), tf.where(alive, mean_g, one)
+
+    root = tf.sqrt(damping)
+    if input_factor.shape[-1] == 1:
+        damping_a, damping_g = tf.zeros_like(damping), damping / safe_a
+    elif output_factor.shape[-1] == 1:
+        damping_a, damping_g = damping / safe_g, tf.zeros_like(damping)
+    else:
+        pi = tf.sqrt(safe_a / safe_g)
+        damping_a, damping_g = pi * root, root / pi
+
+    def damped(factor: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
+        identity = tf.eye(tf.shape(factor)[-1], dtype=factor.dtype)
+        return tf.where(alive, factor + amount * identity, root * identity)
+
+    return damped(input_factor, damping_a), damped(output_factor, damping_g)
+
+
+def precondition(
+    gradient: tf.Tensor, input_inverse: tf.Tensor, output_inverse: tf.Tensor
+) -> tf.Tensor:
+    """Natural gradient of a block: `A⁻¹ ∇W G⁻¹`, `[..., d_in, d_out]`."""
+    # The cheaper order of the two products depends on the shape of the gradient only through
+    # the sum d_in + d_out, which is the same for both: no choice to make.
+    return tf.matmul(input_inverse, tf.matmul(gradient, output_inverse))

@@ -1,0 +1,34 @@
+"""Linear algebra of symmetric positive definite matrices."""
+
+import tensorflow as tf
+
+
+def symmetrize(matrix: tf.Tensor) -> tf.Tensor:
+    """Returns the symmetric part `(M + Mᵀ) / 2` of `[..., d, d]` matrices."""
+    return 0.5 * (matrix + tf.linalg.matrix_transpose(matrix))
+
+
+def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
+    """Inverse of symmetric positive definite matrices by Cholesky factorisation.
+
+    Args:
+        matrix: Tensor `[..., d, d]`, symmetric.
+
+    Returns:
+        Tensor `[..., d, d]`, exactly symmetric. All NaN where a matrix is not positive definite
+        to working precision: callers decide what a failure means.
+
+    Example:
+    >>> spd_inverse(tf.constant([[4.0, 0.0], [0.0, 2.0]])).numpy().tolist()
+    [[0.25, 0.0], [0.0, 0.5]]
+    """
+    factor = tf.linalg.cholesky(matrix)
+    identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
+    identity = tf.broadcast_to(identity, tf.shape(matrix))
+    inverse_factor = tf.linalg.triangular_solve(factor, identity)
+    # One matrix product replaces the second triangular solve: it runs on all cores, and the
+    # result of MᵀM is symmetric up to rounding.
+    inverse = symmetrize(tf.matmul(inverse_factor, inverse_factor, transpose_a=True))
+    # A failed factorisation leaves NaN in a part of the matrix only.
+    succeeded = tf.reduce_all(tf.math.is_finite(inverse), axis=[-2, -1], keepdims=True)
+    return tf.where(succeeded, inverse, tf.constant(float("nan"), inverse.dtype))

@@ -1,0 +1,526 @@
+"""The K-FAC optimizer."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any, Self
+
+import keras
+import tensorflow as tf
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
+
+from keras_kfac import validation
+from keras_kfac.attachment import Attachment, unattached_error
+from keras_kfac.curvature.coverage import Coverage
+from keras_kfac.curvature.model_curvature import ModelCurvature
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import ModelLoss
+from keras_kfac.introspection.statistics import Fisher
+from keras_kfac.math.step_control import kl_clip_scale
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """What the first step finds out about the attached model."""
+
+    curvature: ModelCurvature
+    coverage: Coverage
+    covered: dict[int, keras.Variable]  # by index among the trained variables
+
+
+@keras.saving.register_keras_serializable(package="keras_kfac")
+class KFAC(keras.optimizers.Optimizer):
+    """Natural gradient descent with Kronecker-factored approximate curvature (K-FAC).
+
+    For every `Dense` and `Conv2D` layer with input rows `ā` (the 1 of the bias included) and
+    pre-activation gradients `g` the optimizer keeps moving averages of
+
+        A = E[ā āᵀ],   G = E[g gᵀ]   (scaled so that A ⊗ G is the Fisher block of the model's loss)
+
+    and replaces the gradient `∇W` of kernel and bias by `(A + π√λ I)⁻¹ ∇W (G + √λ/π I)⁻¹`. The
+    step is that direction times the learning rate, clipped to a bound on the KL divergence, with
+    heavy-ball momentum. Weights of other layers are stepped by the `fallback` optimizer.
+
+    `A ⊗ G` equals the layer's Fisher block for one example, and for deep linear networks with
+    squared loss; otherwise it assumes inputs and output gradients to be independent. Blocks between
+    layers are taken to be zero.
+
+    The optimizer must see the model: pass `callbacks=[KFACCallback()]` to `fit`, or call
+    `attach`. With `gradient_accumulation_steps`, factors average over the micro-batches of a step.
+    A step whose gradients are not all finite is skipped whole and counted in `skipped_steps`.
+
+    Args:
+        learning_rate: `η > 0`: float, `LearningRateSchedule` or callable, as for any Keras
+            optimizer.
+        damping: `λ >= 0`, float or `LearningRateSchedule` of the iterations: what is added to
+            the curvature, in units of the loss per squared weight. It takes effect when the
+            inverses are next refreshed. Larger is more like gradient descent. Scale it with the
+            loss: a loss that sums over outputs needs more than one that averages. 0 is allowed;
+            factors that are singular then are reported, and keep their previous inverse.
+        momentum: Heavy-ball momentum in [0, 1).
+        factor_ema_decay: Decay in [0, 1) of the moving averages of the factors, for each update.
+        factor_update_period: Steps between updates of the factors, a positive int.
+        inverse_update_period: Steps between refreshes of the inverses, a positive int, at least
+            `factor_update_period`.
+        fisher: Which Fisher matrix: `"sampled"` (the true one, targets sampled from the model: one
+            more backward pass per factor update), `"exact"` (the same without sampling noise: one
+            backward pass per output) or `"empirical"` (from the training targets; works with any
+            loss, and is a different matrix).
+        kl_clip: Bound `κ > 0` on `η² Σ vᵀ∇`, about twice the KL divergence of a step before
+            momentum; `None` for none.
+        fallback: Keras optimizer for the weights that no curvature block covers. It keeps its own
+            learning rate, and steps whenever K-FAC does. Defaults to `keras.optimizers.Adam()`.
+        seed: Int, for sampling targets. Draws depend on it and the iteration only.
+        name: Name of the optimizer.
+        **kwargs: `weight_decay`, `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`,
+            `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor` and
+            `gradient_accumulation_steps` of `keras.optimizers.Optimizer`. Clipping applies to the
+            gradient before preconditioning.
+
+    Raises:
+        ValueError: For arguments out of range.
+
+    Example:
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> model.compile(optimizer=KFAC(learning_rate=0.1, damping=0.01), loss=loss)
+    >>> x, y = np.eye(4), np.array([0, 1, 2, 0])
+    >>> history = model.fit(x, y, epochs=20, verbose=0, callbacks=[KFACCallback()])
+    >>> history.history["loss"][-1] < history.history["loss"][0]
+    True
+
+    References:
+        Martens & Grosse (2015), arXiv:1503.05671: sections 3 (factors), 5 (moving averages) and
+        6.3 (factored damping). Grosse & Martens (2016), arXiv:1602.01407: convolutions. Ba, Grosse
+        & Martens (2017): KL clip.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | LearningRateSchedule = 0.1,
+        damping: float | LearningRateSchedule = 0.01,
+        momentum: float = 0.9,
+        factor_ema_decay: float = 0.95,
+        factor_update_period: int = 5,
+        inverse_update_period: int = 20,
+        fisher: str = "sampled",
+        kl_clip: float | None = 0.01,
+        fallback: keras.optimizers.Optimizer | None = None,
+        seed: int = 0,
+        name: str = "kfac",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
+        validation.check_unit_interval("momentum", momentum)
+        validation.check_unit_interval("factor_ema_decay", factor_ema_decay)
+        validation.check_positive("kl_clip", kl_clip)
+        self.momentum = momentum
+        self.factor_ema_decay = factor_ema_decay
+        self.fisher = validation.check_fisher(fisher)
+        self.kl_clip = kl_clip
+        self.fallback = validation.check_fallback(fallback)
+        self.seed = seed
+
+        self._damping_schedule: LearningRateSchedule | None = None
+        self._damping = self.add_variable((), dtype="float64", name="damping")
+        self.damping = damping
+        self._factor_update_period = self.add_variable((), dtype="int64", name="factor_period")
+        self._inverse_update_period = self.add_variable((), dtype="int64", name="inverse_period")
+        self.set_update_periods(factor_update_period, inverse_update_period)
+        self.skipped_steps = self.add_variable((), dtype="int64", name="skipped_steps")
+        self.kl_clip_scale = self.add_variable((), "ones", dtype="float64", name="kl_clip_scale")
+        self._reported_skips = 0
+        self._attachment: Attachment | None = None
+        self._built: _Built | None = None
+        # Variables that exist once the model is known: created at the first step, or before that
+        # from a saved state.
+        self._slots: dict[str, keras.Variable] = {}
+
+    # ---- Hyperparameters ------------------------------------------------------------------------
+
+    @property
+    def damping(self) -> Any:
+        """The damping `λ`: a variable, or the current value of the schedule. Assignable."""
+        if self._damping_schedule is not None:
+            return self._damping_schedule(self.iterations)
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float | LearningRateSchedule) -> None:
+        if isinstance(value, LearningRateSchedule):
+            self._damping_schedule = value
+            return
+        self._damping.assign(validation.check_damping(value))
+        self._damping_schedule = None
+
+    @property
+    def factor_update_period(self) -> int:
+        """Steps between updates of the factors."""
+        return int(self._factor_update_period.numpy())
+
+    @property
+    def inverse_update_period(self) -> int:
+        """Steps between refreshes of the inverses."""
+        return int(self._inverse_update_period.numpy())
+
+    def set_update_periods(self, factor_update_period: int, inverse_update_period: int) -> None:
+        """Changes how often factors and inverses are renewed, also in the midst of training.
+
+        Args:
+            factor_update_period: Steps, a positive int.
+            inverse_update_period: Steps, an int `>= factor_update_period`.
+
+        Raises:
+            ValueError: For anything else.
+        """
+        validation.check_periods(factor_update_period, inverse_update_period)
+        self._factor_update_period.assign(factor_update_period)
+        self._inverse_update_period.assign(inverse_update_period)
+
+    # ---- Attaching ------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        model: keras.Model,
+        loss: Any = None,
+        variables: Sequence[keras.Variable] | None = None,
+    ) -> Self:
+        """Lets the optimizer see the model's layers while it trains.
+
+        Hooks on the model watch training steps until `detach`. They change neither its results nor
+        its config, weights or saved files. Nothing is allocated before the first step, so the model
+        need not be built yet.
+
+        In a custom loop, call the model and apply the gradients of the loss to its trainable
+        weights as usual. All forward passes in training mode since the last step are taken to be
+        terms of the loss, unless `model.compute_loss` is used: then those whose outputs it saw,
+        with their sample weights.
+
+        Args:
+            model: The model that `optimizer` trains.
+            loss: Its loss, if it is not compiled with one: a name, function or `keras.Loss`.
+            variables: The variables to train, if not all trainable variables of the model: for a
+                model that shares layers with another.
+
+        Returns:
+            The optimizer itself.
+
+        Raises:
+            ValueError: If the optimizer is attached to another model or was built for other
+                variables, or the model has nothing to train.
+            NotImplementedError: Under a distribution strategy with several replicas.
+        """
+        validation.check_attachable(model)
+        if self._attachment is not None and self._attachment.model is not model:
+            raise ValueError(
+                "The optimizer is attached to another model. Call `optimizer.detach()` first, or "
+                "create a new optimizer. Received: "
+                f"model={model.name!r}, attached to {self._attachment.model.name!r}"
+            )
+        self._check_variables(model, variables)
+        if self._attachment is not None:
+            if loss is None and variables is None:
+                return self
+            self._attachment.remove()
+        self._attachment = Attachment(
+            model,
+            loss,
+            variables,
+            empirical=self.fisher == Fisher.EMPIRICAL,
+            persistent_tape=self.fisher == Fisher.EXACT,
+            on_replaced=self.detach,
+        )
+        self._attachment.install()
+        return self
+
+    def detach(self) -> None:
+        """Takes every hook off the model again. Factors and velocities stay."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+
+    @property
+    def attached_model(self) -> keras.Model | None:
+        """The model that the optimizer is attached to, if any."""
+        return None if self._attachment is None else self._attachment.model
+
+    def coverage(self) -> Coverage:
+        """Tells for every layer with weights which curvature block covers it, or why none does.
+
+        After the first step the rows say what is the case, before it what is to be expected.
+
+        Raises:
+            RuntimeError: If the optimizer is not attached.
+            ValueError: If the model is not built yet.
+        """
+        if self._built is not None:
+            return self._built.coverage
+        attachment = self._require_attachment()
+        if not attachment.model.built:
+            raise ValueError(
+                "The layers of a model that is not built are not known yet. Build it or train one "
+                f"step first. Received: model {attachment.model.name!r}"
+            )
+        return attachment.plan(attachment.is_trained).rows
+
+    def _require_attachment(self) -> Attachment:
+        if self._attachment is None:
+            raise unattached_error()
+        return self._attachment
+
+    def _check_variables(
+        self, model: keras.Model, variables: Sequence[keras.Variable] | None
+    ) -> None:
+        if not model.built:
+            return
+        trained = model.trainable_variables if variables is None else variables
+        if not trained:
+            raise ValueError(
+                "The model has no trainable weights: there is nothing to optimise. "
+                f"Received: model={model.name!r}"
+            )
+        if self.built and any(not self._is_trained(v) for v in trained):
+            unknown = [v.path for v in trained if not self._is_trained(v)]
+            raise ValueError(
+                "The optimizer was built for other variables. Create a new optimizer for a model "
+                "whose layers were added or unfrozen since, or for another model. "
+                f"Received: unknown variables {unknown}"
+            )
+
+    # ---- State ----------------------------------------------------------------------------------
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Creates the variables that do not depend on the attached model."""
+        if not self.built:
+            super().build(list(variables))
+
+    def _is_trained(self, variable: keras.Variable) -> bool:
+        return self._var_key(variable) in self._trainable_variables_indices
+
+    def _slot(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: str | None = None,
+        initializer: Any = "zeros",
+    ) -> keras.Variable:
+        """The variable of the given name: as restored from a saved state, or new."""
+        variable = self._slots.get(name)
+        if variable is None:
+            variable = self.add_variable(shape, initializer, dtype, name=name.replace(".", "_"))
+            self._slots[name] = variable
+        elif tuple(variable.shape) != tuple(shape):
+            raise ValueError(
+                "The saved state of the optimizer does not fit the model. Received: "
+                f"{name} of shape {tuple(variable.shape)}, expected {tuple(shape)}"
+            )
+        return variable
+
+    def _build_curvature(self, passes: Sequence[ForwardPass]) -> None:
+        if self._built is not None:
+            return
+        attachment = self._require_attachment()
+        plan = attachment.plan(self._is_trained, passes)
+        if not plan.adapters:
+            raise ValueError(
+                "K-FAC covers no layer of this model; use another optimizer. Received: model "
+                f"{attachment.model.name!r}\n{plan.rows}"
+            )
+        curvature = ModelCurvature(plan.adapters, self._slot)
+        covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
+        if self.momentum:
+            for index, variable in covered.items():
+                self._slot(f"velocity.{index}", variable.shape, variable.dtype)
+        others = [i for i in range(len(self._trainable_variables)) if i not in covered]
+        self._build_fallback(others)
+        self._built = _Built(curvature, plan.rows, covered)
+
+    def _build_fallback(self, indices: Sequence[int]) -> None:
+        variables = [self._trainable_variables[i] for i in indices]
+        if variables and not self.fallback.built:
+            self.fallback.build(variables)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All state, that of the fallback optimizer included once it is in use."""
+        return super().variables + (self.fallback.variables if self.fallback.built else [])
+
+    def _base_variables(self) -> list[keras.Variable]:
+        """Variables that exist without an attached model, in a fixed order."""
+        slots = {id(variable) for variable in self._slots.values()}
+        return [v for v in super().variables if id(v) not in slots]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves all state but that of the fallback, which Keras saves as a part of its own."""
+        for index, variable in enumerate(self._base_variables()):
+            store[f"base.{index}"] = variable.numpy()
+        for name, variable in self._slots.items():
+            store[name] = variable.numpy()
+        if self.fallback.built:
+            known = [self._var_key(v) for v in self._trainable_variables]
+            fallback = [known.index(self._var_key(v)) for v in self.fallback._trainable_variables]
+            store["fallback"] = fallback
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores all state, before or after the optimizer is attached to the loaded model."""
+        base = self._base_variables()
+        names = sorted(store.keys())
+        saved = sum(name.startswith("base.") for name in names)
+        if saved > len(base):
+            warnings.warn(
+                f"Skipping variable loading for optimizer '{self.name}', because it has "
+                f"{len(base)} variables whereas the saved optimizer has {saved}. Call "
+                "`optimizer.build(model.trainable_variables)` first.",
+                stacklevel=2,
+            )
+            return
+        for index in range(saved):
+            base[index].assign(store[f"base.{index}"])
+        for name in names:
+            if name == "fallback":
+                self._build_fallback([int(index) for index in store[name]])
+            elif not name.startswith("base."):
+                value = store[name]
+                self._slot(name, value.shape, str(value.dtype)).assign(value)
+
+    # ---- The step -------------------------------------------------------------------------------
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Steps the variables; see `keras.optimizers.Optimizer.apply`.
+
+        Raises:
+            RuntimeError: If the optimizer is not attached, or saw no forward pass.
+            ValueError: If the model, its loss or its layers can't be handled; see the message.
+        """
+        attachment = self._require_attachment()
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                self.build(trainable_variables)
+        passes = attachment.take_passes()
+        self._build_curvature(passes)
+        loss = attachment.loss()
+
+        def step() -> None:
+            self._update_factors(passes, loss)
+            super(KFAC, self).apply(grads, trainable_variables)
+
+        def skip() -> None:
+            self.skipped_steps.assign_add(1)
+
+        ops.cond(_all_finite(grads), step, skip)
+
+    def _update_factors(self, passes: Sequence[ForwardPass], loss: ModelLoss) -> None:
+        curvature = self._built.curvature
+        micro_steps = self.gradient_accumulation_steps or 1
+        is_first = tf.equal(self._iterations % micro_steps, 0)
+        # The micro-batches of one step form a plain mean.
+        decay = tf.where(is_first, self.factor_ema_decay, 1.0)
+        seed = tf.stack([self.seed, tf.cast(self._iterations, tf.int32)])
+
+        def update() -> None:
+            curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
+
+        due = tf.equal(self.iterations % tf.convert_to_tensor(self._factor_update_period), 0)
+        ops.cond(due, update, lambda: None)
+
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        curvature, covered = self._built.curvature, self._built.covered
+        due = tf.equal(self.iterations % tf.convert_to_tensor(self._inverse_update_period), 0)
+        ops.cond(due, lambda: curvature.refresh(self.damping), lambda: None)
+
+        gradients, others = {}, []
+        for gradient, variable in zip(grads, trainable_variables):
+            index = self._get_variable_index(variable)
+            if index in covered:
+                gradients[id(covered[index])] = tf.convert_to_tensor(gradient)
+            else:
+                others.append((gradient, variable))
+        if gradients:
+            directions, product = curvature.precondition(gradients)
+            if self.kl_clip is not None:
+                scale = kl_clip_scale(product, learning_rate, self.kl_clip)
+                self.kl_clip_scale.assign(scale)
+                directions = {
+                    key: direction * tf.cast(scale, direction.dtype)
+                    for key, direction in directions.items()
+                }
+            stepped = [v for v in covered.values() if id(v) in directions]
+            super()._backend_update_step(
+                [directions[id(v)] for v in stepped], stepped, learning_rate
+            )
+        if others:
+            self.fallback.apply(*zip(*others))
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Momentum step along a direction that is already preconditioned and clipped."""
+        step = -tf.cast(learning_rate, variable.dtype) * tf.cast(gradient, variable.dtype)
+        if self.momentum:
+            velocity = self._slots[f"velocity.{self._get_variable_index(variable)}"]
+            step += tf.cast(self.momentum, variable.dtype) * velocity
+            self.assign(velocity, step)
+        self.assign_add(variable, step)
+
+    # ---- Reports --------------------------------------------------------------------------------
+
+    def report_problems(self) -> None:
+        """Warns of steps skipped and of factors not inverted since the last report.
+
+        `KFACCallback` calls it after every epoch, `fit` at its end.
+        """
+        skipped = int(self.skipped_steps.numpy())
+        if skipped > self._reported_skips:
+            warnings.warn(
+                f"K-FAC skipped {skipped - self._reported_skips} training steps whose gradients "
+                f"were not finite ({skipped} in all). Weights and factors are unharmed. Look for "
+                "NaN or infinity in the data, or lower the learning rate.",
+                stacklevel=2,
+            )
+        self._reported_skips = skipped
+
+    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
+        """Hook of Keras at the end of `fit`."""
+        super().finalize_variable_values(var_list)
+        self.report_problems()
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments to create the same optimizer again, without its state."""
+        damping = self._damping_schedule
+        return {
+            **super().get_config(),
+            "damping": float(self._damping.numpy())
+            if damping is None
+            else keras.optimizers.schedules.serialize(damping),
+            "momentum": self.momentum,
+            "factor_ema_decay": self.factor_ema_decay,
+            "factor_update_period": self.factor_update_period,
+            "inverse_update_period": self.inverse_update_period,
+            "fisher": str(self.fisher),
+            "kl_clip": self.kl_clip,
+            "fallback": keras.optimizers.serialize(self.fallback),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """Creates an optimizer from the result of `get_config`."""
+        config = dict(config)
+        for name in ("damping", "fallback"):
+            if isinstance(config.get(name), dict):
+                config[name] = keras.saving.deserialize_keras_object(
+                    config[name], custom_objects=custom_objects
+                )
+        return super().from_config(config, custom_objects=custom_objects)
+
+
+def _all_finite(gradients: Sequence[Any]) -> tf.Tensor:
+    values = [
+        g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None
+    ]
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])

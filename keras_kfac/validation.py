@@ -1,0 +1,91 @@
+"""Checks of arguments, with messages that say what to do."""
+
+import math
+import numbers
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kfac.introspection.statistics import Fisher
+
+
+def check_unit_interval(name: str, value: float) -> None:
+    """Checks a number in [0, 1)."""
+    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Checks a positive number, or `None`."""
+    if value is None:
+        return
+    if not isinstance(value, numbers.Real) or not value > 0:
+        raise ValueError(f"`{name}` must be a positive number or None. Received: {name}={value!r}")
+
+
+def check_damping(value: Any) -> float:
+    """Checks a finite number that is at least 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(
+            "`damping` must be a number >= 0, or a `keras.optimizers.schedules."
+            f"LearningRateSchedule`. Received: damping={value!r}"
+        )
+    return number
+
+
+def check_periods(factor_update_period: int, inverse_update_period: int) -> None:
+    """Checks positive ints, the first not above the second."""
+    for name, value in (
+        ("factor_update_period", factor_update_period),
+        ("inverse_update_period", inverse_update_period),
+    ):
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+    if inverse_update_period < factor_update_period:
+        raise ValueError(
+            "Refreshing inverses more often than their factors change is wasted work: "
+            "`inverse_update_period` must be at least `factor_update_period`. Received: "
+            f"inverse_update_period={inverse_update_period}, "
+            f"factor_update_period={factor_update_period}"
+        )
+
+
+def check_fisher(value: str) -> str:
+    """Checks the name of a kind of Fisher matrix."""
+    choices = [str(member) for member in Fisher]
+    if value not in choices:
+        raise ValueError(f"`fisher` must be one of {choices}. Received: fisher={value!r}")
+    return str(value)
+
+
+def check_fallback(
+    value: keras.optimizers.Optimizer | None,
+) -> keras.optimizers.Optimizer:
+    """Checks the fallback optimizer; `None` is Adam."""
+    if value is None:
+        return keras.optimizers.Adam()
+    if not isinstance(value, keras.optimizers.Optimizer):
+        raise ValueError(
+            f"`fallback` must be a `keras.optimizers.Optimizer`. Received: fallback={value!r}"
+        )
+    return value
+
+
+def check_attachable(model: Any) -> None:
+    """Checks a model that hooks can be put on."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`model` must be a `keras.Model`. Received: model={model!r}")
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is not None:
+        replicas = max(replicas, strategy.num_replicas_in_sync)
+    if replicas > 1:
+        raise NotImplementedError(
+            "K-FAC does not support training on several replicas yet. Train on one device. "
+            f"Received: a distribution strategy with {replicas} replicas"
+        )
