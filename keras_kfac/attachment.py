@@ -81,6 +81,7 @@ class Attachment:
                 f"Received: model {self.model.name!r}"
             )
 
+        @tf.autograph.experimental.do_not_convert
         def hook(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 

@@ -17,7 +17,10 @@ from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
+from keras_kfac.math.linalg import scalar
 from keras_kfac.math.step_control import kl_clip_scale
+from keras_kfac.model_state import ModelState, keep_loss_scale_loadable
+from keras_kfac.problem_report import ProblemReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +133,10 @@ class KFAC(keras.optimizers.Optimizer):
         self.set_update_periods(factor_update_period, inverse_update_period)
         self.skipped_steps = self.add_variable((), dtype="int64", name="skipped_steps")
         self.kl_clip_scale = self.add_variable((), "ones", dtype="float64", name="kl_clip_scale")
-        self._reported_skips = 0
+        self._report = ProblemReport()
         self._attachment: Attachment | None = None
         self._built: _Built | None = None
-        # Variables that exist once the model is known: created at the first step, or before that
-        # from a saved state.
-        self._slots: dict[str, keras.Variable] = {}
+        self._state = ModelState(self.add_variable)
 
     # ---- Hyperparameters ------------------------------------------------------------------------
 
@@ -298,25 +299,6 @@ class KFAC(keras.optimizers.Optimizer):
     def _is_trained(self, variable: keras.Variable) -> bool:
         return self._var_key(variable) in self._trainable_variables_indices
 
-    def _slot(
-        self,
-        name: str,
-        shape: Sequence[int],
-        dtype: str | None = None,
-        initializer: Any = "zeros",
-    ) -> keras.Variable:
-        """The variable of the given name: as restored from a saved state, or new."""
-        variable = self._slots.get(name)
-        if variable is None:
-            variable = self.add_variable(shape, initializer, dtype, name=name.replace(".", "_"))
-            self._slots[name] = variable
-        elif tuple(variable.shape) != tuple(shape):
-            raise ValueError(
-                "The saved state of the optimizer does not fit the model. Received: "
-                f"{name} of shape {tuple(variable.shape)}, expected {tuple(shape)}"
-            )
-        return variable
-
     def _build_curvature(self, passes: Sequence[ForwardPass]) -> None:
         if self._built is not None:
             return
@@ -327,14 +309,15 @@ class KFAC(keras.optimizers.Optimizer):
                 "K-FAC covers no layer of this model; use another optimizer. Received: model "
                 f"{attachment.model.name!r}\n{plan.rows}"
             )
-        curvature = ModelCurvature(plan.adapters, self._slot)
+        curvature = ModelCurvature(plan.adapters, self._state.variable)
         covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
         if self.momentum:
             for index, variable in covered.items():
-                self._slot(f"velocity.{index}", variable.shape, variable.dtype)
+                self._state.variable(f"velocity.{index}", variable.shape, variable.dtype)
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
         self._build_fallback(others)
         self._built = _Built(curvature, plan.rows, covered)
+        keep_loss_scale_loadable(attachment.model.optimizer, self._model_variables)
 
     def _build_fallback(self, indices: Sequence[int]) -> None:
         variables = [self._trainable_variables[i] for i in indices]
@@ -346,17 +329,20 @@ class KFAC(keras.optimizers.Optimizer):
         """All state, that of the fallback optimizer included once it is in use."""
         return super().variables + (self.fallback.variables if self.fallback.built else [])
 
+    def _model_variables(self) -> list[keras.Variable]:
+        """Variables that exist only once the model is known."""
+        return [*self._state, *(self.fallback.variables if self.fallback.built else [])]
+
     def _base_variables(self) -> list[keras.Variable]:
         """Variables that exist without an attached model, in a fixed order."""
-        slots = {id(variable) for variable in self._slots.values()}
-        return [v for v in super().variables if id(v) not in slots]
+        others = {id(variable) for variable in self._state}
+        return [v for v in super().variables if id(v) not in others]
 
     def save_own_variables(self, store: Any) -> None:
         """Saves all state but that of the fallback, which Keras saves as a part of its own."""
         for index, variable in enumerate(self._base_variables()):
             store[f"base.{index}"] = variable.numpy()
-        for name, variable in self._slots.items():
-            store[name] = variable.numpy()
+        self._state.save(store)
         if self.fallback.built:
             known = [self._var_key(v) for v in self._trainable_variables]
             fallback = [known.index(self._var_key(v)) for v in self.fallback._trainable_variables]
@@ -365,8 +351,7 @@ class KFAC(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Restores all state, before or after the optimizer is attached to the loaded model."""
         base = self._base_variables()
-        names = sorted(store.keys())
-        saved = sum(name.startswith("base.") for name in names)
+        saved = sum(key.startswith("base.") for key in store.keys())
         if saved > len(base):
             warnings.warn(
                 f"Skipping variable loading for optimizer '{self.name}', because it has "
@@ -377,15 +362,13 @@ class KFAC(keras.optimizers.Optimizer):
             return
         for index in range(saved):
             base[index].assign(store[f"base.{index}"])
-        for name in names:
-            if name == "fallback":
-                self._build_fallback([int(index) for index in store[name]])
-            elif not name.startswith("base."):
-                value = store[name]
-                self._slot(name, value.shape, str(value.dtype)).assign(value)
+        self._state.load(store)
+        if "fallback" in store.keys():
+            self._build_fallback([int(index) for index in store["fallback"]])
 
     # ---- The step -------------------------------------------------------------------------------
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Steps the variables; see `keras.optimizers.Optimizer.apply`.
 
@@ -419,7 +402,7 @@ class KFAC(keras.optimizers.Optimizer):
         micro_steps = self.gradient_accumulation_steps or 1
         is_first = tf.equal(self._iterations % micro_steps, 0)
         # The micro-batches of one step form a plain mean.
-        decay = tf.where(is_first, self.factor_ema_decay, 1.0)
+        decay = tf.where(is_first, scalar(self.factor_ema_decay, "float64"), 1.0)
         seed = tf.stack([self.seed, tf.cast(self._iterations, tf.int32)])
 
         def update() -> None:
@@ -460,10 +443,10 @@ class KFAC(keras.optimizers.Optimizer):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Momentum step along a direction that is already preconditioned and clipped."""
-        step = -tf.cast(learning_rate, variable.dtype) * tf.cast(gradient, variable.dtype)
+        step = -scalar(learning_rate, variable.dtype) * tf.cast(gradient, variable.dtype)
         if self.momentum:
-            velocity = self._slots[f"velocity.{self._get_variable_index(variable)}"]
-            step += tf.cast(self.momentum, variable.dtype) * velocity
+            velocity = self._state[f"velocity.{self._get_variable_index(variable)}"]
+            step += scalar(self.momentum, variable.dtype) * velocity
             self.assign(velocity, step)
         self.assign_add(variable, step)
 
@@ -474,15 +457,9 @@ class KFAC(keras.optimizers.Optimizer):
 
         `KFACCallback` calls it after every epoch, `fit` at its end.
         """
-        skipped = int(self.skipped_steps.numpy())
-        if skipped > self._reported_skips:
-            warnings.warn(
-                f"K-FAC skipped {skipped - self._reported_skips} training steps whose gradients "
-                f"were not finite ({skipped} in all). Weights and factors are unharmed. Look for "
-                "NaN or infinity in the data, or lower the learning rate.",
-                stacklevel=2,
-            )
-        self._reported_skips = skipped
+        self._report.warn_of_skipped_steps(int(self.skipped_steps.numpy()))
+        if self._built is not None:
+            self._report.warn_of_singular_factors(self._built.curvature)
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
         """Hook of Keras at the end of `fit`."""

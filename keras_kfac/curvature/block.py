@@ -11,7 +11,7 @@ from keras_kfac.math import kronecker, linalg
 from keras_kfac.math.moving_average import weighted_average
 
 AddVariable = Callable[..., keras.Variable]
-"""`Optimizer.add_variable`: `(shape, initializer, dtype, name)`."""
+"""Creates a variable: `(name, shape, dtype, initializer="zeros")`."""
 
 
 class KroneckerBlock:
@@ -34,35 +34,15 @@ class KroneckerBlock:
         self.adapter = adapter
         leading = () if adapter.groups is None else (adapter.groups,)
         dtype = adapter.variables[0].dtype
-
-        def add(name: str, shape: tuple[int, ...], **kwargs: object) -> keras.Variable:
-            name = f"{adapter.layer.path.replace('/', '_')}_{name}"
-            return add_variable(shape=shape, name=name, **{"dtype": dtype, **kwargs})
-
         d_in, d_out = adapter.dims
         a_shape, g_shape = (*leading, d_in, d_in), (*leading, d_out, d_out)
-        self.input_factor = add("input_factor", a_shape)
-        self.output_factor = add("output_factor", g_shape)
-        self.weight = add("factor_weight", ())
+        self.input_factor = add_variable("input_factor", a_shape, dtype)
+        self.output_factor = add_variable("output_factor", g_shape, dtype)
+        self.weight = add_variable("factor_weight", (), dtype)
         # The identity until the first refresh succeeds: the block then passes the gradient on.
-        self.input_inverse = add("input_inverse", a_shape, initializer=_identity)
-        self.output_inverse = add("output_inverse", g_shape, initializer=_identity)
-        self.failed_refreshes = add("failed_refreshes", (), dtype="int32")
-
-    @property
-    def state(self) -> dict[str, keras.Variable]:
-        """All variables of the block, by name."""
-        return {
-            name: getattr(self, name)
-            for name in (
-                "input_factor",
-                "output_factor",
-                "weight",
-                "input_inverse",
-                "output_inverse",
-                "failed_refreshes",
-            )
-        }
+        self.input_inverse = add_variable("input_inverse", a_shape, dtype, _identity)
+        self.output_inverse = add_variable("output_inverse", g_shape, dtype, _identity)
+        self.failed_refreshes = add_variable("failed_refreshes", (), "int32")
 
     def update(self, statistics: LayerStatistics, examples: tf.Tensor, decay: tf.Tensor) -> None:
         """Includes the factors of a batch in the moving averages, unless they are not finite."""

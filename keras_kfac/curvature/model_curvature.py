@@ -1,6 +1,7 @@
 """The curvature of a model: all its blocks, updated and refreshed together."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -20,23 +21,13 @@ class ModelCurvature:
     """
 
     def __init__(self, adapters: Sequence[LayerAdapter], add_variable: AddVariable) -> None:
-        self.blocks = [KroneckerBlock(adapter, add_variable) for adapter in adapters]
+        self.blocks = [
+            KroneckerBlock(adapter, _prefixed(add_variable, f"block.{index}."))
+            for index, adapter in enumerate(adapters)
+        ]
         self._dtype = tf.float32
         if any(block.input_factor.dtype == "float64" for block in self.blocks):
             self._dtype = tf.float64
-
-    @property
-    def state(self) -> dict[str, keras.Variable]:
-        """All variables by a name that does not depend on the names of layers."""
-        return {
-            f"block/{index}/{name}": variable
-            for index, block in enumerate(self.blocks)
-            for name, variable in block.state.items()
-        }
-
-    def covers(self, variable: keras.Variable) -> bool:
-        """Whether a block covers the variable."""
-        return any(variable is v for block in self.blocks for v in block.adapter.variables)
 
     def update(
         self,
@@ -94,3 +85,10 @@ class ModelCurvature:
         """Layers whose damped factors could not be inverted, and how often."""
         counts = {b.adapter.layer.name: int(b.failed_refreshes.numpy()) for b in self.blocks}
         return {name: count for name, count in counts.items() if count}
+
+
+def _prefixed(add_variable: AddVariable, prefix: str) -> AddVariable:
+    def add(name: str, *args: Any, **kwargs: Any) -> keras.Variable:
+        return add_variable(prefix + name, *args, **kwargs)
+
+    return add

@@ -44,7 +44,7 @@ class _Reduction(keras.losses.Loss):
     """The reduction of a loss, applied to given values per position."""
 
     def __init__(self, values: tf.Tensor, loss: keras.losses.Loss) -> None:
-        super().__init__(reduction=loss.reduction, dtype=loss.dtype)
+        super().__init__("kfac_reduction", reduction=loss.reduction, dtype=loss.dtype)
         self.values = values
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
@@ -55,7 +55,7 @@ class _PerPosition(keras.losses.Loss):
     """The values of a loss at each position, not reduced."""
 
     def __init__(self, loss: keras.losses.Loss) -> None:
-        super().__init__(reduction="none", dtype=loss.dtype)
+        super().__init__("kfac_values", reduction="none", dtype=loss.dtype)
         self.loss = loss
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:

@@ -6,6 +6,8 @@ Curvature", arXiv:1503.05671 (M&G below).
 
 import tensorflow as tf
 
+from keras_kfac.math.linalg import scalar
+
 
 def _mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
     """Trace over dimension, `[..., 1, 1]`."""
@@ -38,7 +40,7 @@ def factored_damping(
     >>> float(a[0, 0]), float(g[0, 0])  # π = 2, √λ = 0.5
     (5.0, 1.25)
     """
-    damping = tf.cast(damping, input_factor.dtype)
+    damping = scalar(damping, input_factor.dtype)
     mean_a, mean_g = _mean_eigenvalue(input_factor), _mean_eigenvalue(output_factor)
     alive = tf.logical_and(mean_a > 0, mean_g > 0)
     one = tf.ones((), input_factor.dtype)

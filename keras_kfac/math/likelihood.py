@@ -19,6 +19,8 @@ import enum
 import tensorflow as tf
 import tensorflow_probability as tfp
 
+from keras_kfac.math.linalg import scalar
+
 tfd = tfp.distributions
 
 # Probabilities are clipped to [_FLOOR, 1 - _FLOOR], as Keras clips them in its losses.
@@ -93,7 +95,7 @@ class Likelihood:
             targets = tf.stop_gradient(distribution.sample(seed=seed))
             negative_log_likelihood = -distribution.log_prob(targets)
         gradient = tape.gradient(negative_log_likelihood, outputs)
-        return gradient * tf.cast(self.weight(outputs.shape[-1]) ** 0.5, outputs.dtype)
+        return gradient * scalar(self.weight(outputs.shape[-1]) ** 0.5, outputs.dtype)
 
     def root_column(self, outputs: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         """Column `index` of a root of `w F`: `[..., width]`; there are `width` columns.
@@ -118,5 +120,5 @@ class Likelihood:
             column = unit * tf.sqrt(tf.sigmoid(natural) * tf.sigmoid(-natural))
         else:
             column = tf.broadcast_to(unit, tf.shape(natural))
-        column = column * tf.cast(self.weight(width) ** 0.5, natural.dtype)
+        column = column * scalar(self.weight(width) ** 0.5, natural.dtype)
         return tape.gradient(natural, outputs, output_gradients=column)

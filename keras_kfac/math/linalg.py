@@ -3,6 +3,16 @@
 import tensorflow as tf
 
 
+def scalar(value: float | tf.Tensor, dtype: tf.DType | str) -> tf.Tensor:
+    """A number or tensor in the given dtype.
+
+    `tf.cast` takes Python floats through float32, which costs float64 half of its digits.
+    """
+    if tf.is_tensor(value):
+        return tf.cast(value, dtype)
+    return tf.constant(value, dtype)
+
+
 def symmetrize(matrix: tf.Tensor) -> tf.Tensor:
     """Returns the symmetric part `(M + Mᵀ) / 2` of `[..., d, d]` matrices."""
     return 0.5 * (matrix + tf.linalg.matrix_transpose(matrix))

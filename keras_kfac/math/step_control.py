@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from keras_kfac.math.linalg import scalar
+
 
 def kl_clip_scale(inner_product: tf.Tensor, learning_rate: tf.Tensor, kl_clip: float) -> tf.Tensor:
     """Factor that keeps the quadratic estimate of a step's KL divergence below a bound.
@@ -25,8 +27,8 @@ def kl_clip_scale(inner_product: tf.Tensor, learning_rate: tf.Tensor, kl_clip: f
     >>> float(kl_clip_scale(tf.constant(4.0), tf.constant(0.5), 0.25))
     0.5
     """
-    squared_length = tf.square(tf.cast(learning_rate, inner_product.dtype)) * inner_product
-    bound = tf.cast(kl_clip, inner_product.dtype)
+    squared_length = tf.square(scalar(learning_rate, inner_product.dtype)) * inner_product
+    bound = scalar(kl_clip, inner_product.dtype)
     # Rounding can make the product of a tiny step negative.
     longer = squared_length > bound
     safe = tf.where(longer, squared_length, bound)

@@ -1,0 +1,37 @@
+"""Warnings of what went wrong inside the graph, where nothing can be raised."""
+
+import warnings
+
+from keras_kfac.curvature.model_curvature import ModelCurvature
+
+
+class ProblemReport:
+    """Remembers what has been reported, so that every warning tells news."""
+
+    def __init__(self) -> None:
+        self._skipped = 0
+        self._failed: dict[str, int] = {}
+
+    def warn_of_skipped_steps(self, skipped: int) -> None:
+        """Warns if more steps have been skipped since the last report."""
+        if skipped > self._skipped:
+            warnings.warn(
+                f"K-FAC skipped {skipped - self._skipped} training steps whose gradients were not "
+                f"finite ({skipped} in all). Weights and factors are unharmed. Look for NaN or "
+                "infinity in the data, or lower the learning rate.",
+                stacklevel=4,
+            )
+        self._skipped = skipped
+
+    def warn_of_singular_factors(self, curvature: ModelCurvature) -> None:
+        """Warns if more refreshes of inverses have failed since the last report."""
+        failed = curvature.failed_refreshes()
+        if any(count > self._failed.get(name, 0) for name, count in failed.items()):
+            warnings.warn(
+                "K-FAC factors could not be inverted: they are singular to working precision at "
+                "this damping. Their layers keep the previous inverse (before the first one: step "
+                "along the plain gradient). Increase `damping`. Failed refreshes so far: "
+                + ", ".join(f"{name}: {count}" for name, count in failed.items()),
+                stacklevel=4,
+            )
+        self._failed = failed

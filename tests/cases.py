@@ -1,0 +1,127 @@
+"""Test cases as data: models, losses and batches in float64."""
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_kfac.introspection import forward_pass, registry, statistics
+from keras_kfac.introspection.losses import resolve_loss
+
+layers = keras.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class LossCase:
+    """A loss with the last activation it goes with and a way to draw targets."""
+
+    name: str
+    make: Callable[..., keras.losses.Loss]
+    targets: Callable
+    activation: str | None = None
+    separate: bool = False  # the activation as a layer of its own
+
+    def __str__(self):
+        return self.name
+
+
+def one_hot(rng, shape):
+    return np.eye(shape[-1])[rng.integers(0, shape[-1], shape[:-1])]
+
+
+def sparse(rng, shape):
+    return rng.integers(0, shape[-1], shape[:-1])
+
+
+def binary(rng, shape):
+    return rng.integers(0, 2, shape).astype("float64")
+
+
+def real(rng, shape):
+    return rng.normal(size=shape)
+
+
+def _loss(cls, **config):
+    return lambda reduction="sum_over_batch_size": cls(
+        reduction=reduction, dtype="float64", **config
+    )
+
+
+CCE, SCE = keras.losses.CategoricalCrossentropy, keras.losses.SparseCategoricalCrossentropy
+BCE, MSE = keras.losses.BinaryCrossentropy, keras.losses.MeanSquaredError
+
+LOSSES = [
+    LossCase("cce-logits", _loss(CCE, from_logits=True), one_hot),
+    LossCase("cce-smooth", _loss(CCE, from_logits=True, label_smoothing=0.1), one_hot),
+    LossCase("cce-softmax", _loss(CCE), one_hot, "softmax"),
+    LossCase("cce-softmax-layer", _loss(CCE), one_hot, "softmax", separate=True),
+    LossCase("sce-logits", _loss(SCE, from_logits=True), sparse),
+    LossCase("sce-softmax", _loss(SCE), sparse, "softmax"),
+    LossCase("bce-logits", _loss(BCE, from_logits=True), binary),
+    LossCase("bce-smooth", _loss(BCE, from_logits=True, label_smoothing=0.2), binary),
+    LossCase("bce-sigmoid", _loss(BCE), binary, "sigmoid"),
+    LossCase("bce-sigmoid-layer", _loss(BCE), binary, "sigmoid", separate=True),
+    LossCase("mse", _loss(MSE), real),
+]
+LOSS = {case.name: case for case in LOSSES}
+
+
+def mlp(widths, activation="tanh", head=None, seed=0, use_bias=True):
+    """A chain of Dense layers in float64 with non-zero biases."""
+    keras.utils.set_random_seed(seed)
+    hidden = [
+        layers.Dense(
+            width, activation, use_bias=use_bias, bias_initializer="random_normal", dtype="float64"
+        )
+        for width in widths[1:-1]
+    ]
+    separate = head is not None and head.separate
+    last_activation = None if head is None or separate else head.activation
+    last = layers.Dense(
+        widths[-1],
+        last_activation,
+        use_bias=use_bias,
+        bias_initializer="random_normal",
+        dtype="float64",
+    )
+    tail = [layers.Activation(head.activation, dtype="float64")] if separate else []
+    return keras.Sequential([keras.Input((widths[0],), dtype="float64"), *hidden, last, *tail])
+
+
+def without_head_activation(model):
+    """A model of the same layers that puts out the logits of the last Dense."""
+    dense = [layer for layer in model.layers if isinstance(layer, layers.Dense)]
+
+    def logits(x, training=True):
+        for layer in dense[:-1]:
+            x = layer(x)
+        return tf.matmul(x, dense[-1].kernel.value) + dense[-1].bias.value
+
+    return logits
+
+
+def factors(
+    model, loss, x, y=None, fisher="exact", sample_weight=None, seed=(0, 0), loss_weight=1.0
+):
+    """Factors of all adapted layers on one batch, as the optimizer computes them."""
+    resolved = resolve_loss(loss, loss_weight, empirical=fisher == "empirical")
+    adapters = [
+        registry.find_adapter(layer)[0](layer, lambda v: v.trainable)
+        for layer in model.layers
+        if registry.find_adapter(layer)[0] is not None and layer.weights
+    ]
+    with forward_pass.recording([a.layer for a in adapters], persistent=True) as recorded:
+        recorded.outputs = model(x, training=True)
+    recorded.sample_weight = sample_weight
+    recorded.targets, recorded.scored = y, y is not None
+    batch = statistics.collect(
+        [recorded],
+        adapters,
+        resolved,
+        statistics.Fisher(fisher),
+        tf.convert_to_tensor(seed, tf.int32),
+        tf.float64,
+    )
+    return [batch.layers[id(a.layer)] for a in adapters]

@@ -1,0 +1,215 @@
+"""What natural gradient promises: paths that do not depend on how the network is written down.
+
+Martens & Grosse (2015), section 10, Theorem 1: replace activations by affine maps of theirs and
+pre-activations by linear maps, and the weights accordingly. Undamped K-FAC then moves through the
+same functions. The head is normal (squared loss): a softmax has a singular output factor.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kfac import KFAC
+from tests.reference import assert_close, dense_ggn, relative_difference
+
+WIDTHS = (5, 7, 6, 4)
+STEPS = 8
+
+
+def invertible(rng, size, orthogonal):
+    q, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    if orthogonal:
+        return q
+    return q @ np.diag(rng.uniform(0.5, 2.0, size)) @ np.linalg.qr(rng.normal(size=(size, size)))[0]
+
+
+def maps(orthogonal, seed=0):
+    """Ω for the inputs and each hidden layer (homogeneous), Φ for each pre-activation."""
+    rng = np.random.default_rng(seed)
+    omegas = []
+    for width in WIDTHS[:-1]:
+        omega = np.eye(width + 1)
+        omega[:-1, :-1] = invertible(rng, width, orthogonal)
+        if not orthogonal:
+            omega[:-1, -1] = rng.normal(size=width)
+        omegas.append(omega)
+    return omegas, [invertible(rng, width, orthogonal) for width in WIDTHS[1:]]
+
+
+def affine(omega, a):
+    return tf.matmul(a, omega[:-1, :-1].T) + omega[:-1, -1]
+
+
+def network(weights, omegas=None, phis=None):
+    """A tanh network, or its reparametrisation; `weights` are `[kernel; bias]` of the former."""
+    dense = []
+    for index, matrix in enumerate(weights):
+        hidden = index < len(weights) - 1
+        activation = keras.activations.tanh if hidden else keras.activations.linear
+        if omegas is not None:
+            matrix = np.linalg.inv(omegas[index]).T @ matrix @ np.linalg.inv(phis[index]).T
+            after = omegas[index + 1] if hidden else np.eye(WIDTHS[-1] + 1)
+            activation = transformed(activation, phis[index], after)
+        layer = keras.layers.Dense(matrix.shape[1], activation, dtype="float64")
+        layer.build((None, matrix.shape[0] - 1))
+        layer.set_weights([matrix[:-1], matrix[-1]])
+        dense.append(layer)
+    return keras.Sequential([keras.Input((WIDTHS[0],), dtype="float64"), *dense])
+
+
+def transformed(activation, phi, omega):
+    return lambda s: affine(omega, activation(tf.matmul(s, phi.T)))
+
+
+def outputs_after_training(make_optimizer, orthogonal, steps=STEPS):
+    """Outputs of both networks, and how far the first one moved."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(300, WIDTHS[0])), rng.normal(size=(300, WIDTHS[-1]))
+    weights = [0.7 * rng.normal(size=(m + 1, n)) for m, n in zip(WIDTHS, WIDTHS[1:])]
+    omegas, phis = maps(orthogonal)
+    start = network(weights)(x).numpy()
+    results = []
+    for model, inputs in [
+        (network(weights), x),
+        (network(weights, omegas, phis), affine(omegas[0], x).numpy()),
+    ]:
+        np.testing.assert_allclose(model(inputs), start, atol=1e-10)
+        optimizer = make_optimizer()
+        if isinstance(optimizer, KFAC):
+            optimizer.attach(model)
+        model.compile(optimizer=optimizer, loss=keras.losses.MeanSquaredError(dtype="float64"))
+        for _ in range(steps):
+            model.train_on_batch(inputs, y)
+        results.append(model(inputs).numpy())
+    assert relative_difference(results[0], start) > 0.01, "nothing was learned"
+    return results
+
+
+def kfac(**options):
+    return lambda: KFAC(
+        **{
+            "learning_rate": 0.3,
+            "damping": 0.0,
+            "momentum": 0.0,
+            "fisher": "exact",
+            "kl_clip": None,
+            "factor_ema_decay": 0.9,
+            "factor_update_period": 1,
+            "inverse_update_period": 1,
+            **options,
+        }
+    )
+
+
+class TestReparametrisation:
+    @pytest.mark.parametrize("momentum", [0.0, 0.5])
+    @pytest.mark.parametrize("orthogonal", [False, True])
+    def test_undamped_kfac_is_invariant(self, orthogonal, momentum):
+        original, rewritten = outputs_after_training(kfac(momentum=momentum), orthogonal)
+        assert relative_difference(rewritten, original) < 1e-8
+
+    def test_kl_clip_is_invariant(self):
+        original, rewritten = outputs_after_training(kfac(kl_clip=1e-2), False)
+        assert relative_difference(rewritten, original) < 1e-8
+
+    def test_damped_kfac_is_invariant_to_orthogonal_maps(self):
+        original, rewritten = outputs_after_training(kfac(damping=1e-3), True)
+        assert relative_difference(rewritten, original) < 1e-10
+
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            kfac(damping=1e-3),
+            lambda: keras.optimizers.SGD(0.02),
+            lambda: keras.optimizers.Adam(0.01),
+        ],
+        ids=["damped K-FAC", "SGD", "Adam"],
+    )
+    def test_others_are_not(self, optimizer):
+        original, rewritten = outputs_after_training(optimizer, False)
+        assert not relative_difference(rewritten, original) < 1e-2
+
+    def test_sgd_is_invariant_to_orthogonal_maps_and_adam_is_not(self):
+        sgd = outputs_after_training(lambda: keras.optimizers.SGD(0.02), True)
+        adam = outputs_after_training(lambda: keras.optimizers.Adam(0.01), True)
+        assert relative_difference(*sgd) < 1e-10
+        assert relative_difference(*adam) > 1e-2
+
+
+def test_one_step_to_the_least_squares_solution():
+    """Identity 30: a single layer, squared loss, undamped, learning rate 1, full batch."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(50, 3))
+    layer = keras.layers.Dense(3, dtype="float64")
+    model = keras.Sequential([keras.Input((6,), dtype="float64"), layer])
+    loss = keras.losses.MeanSquaredError("sum", dtype="float64")
+    model.compile(kfac(learning_rate=1.0)().attach(model), loss)
+    model.train_on_batch(x, y)
+    homogeneous = np.c_[x, np.ones(50)]
+    solution = np.linalg.lstsq(homogeneous, y, rcond=None)[0]
+    assert_close(np.vstack(model.get_weights()), solution, 1e-8)
+
+
+def linear_network(widths, seed=0):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [keras.Input((widths[0],), dtype="float64")]
+        + [
+            keras.layers.Dense(w, use_bias=False, kernel_initializer="orthogonal", dtype="float64")
+            for w in widths[1:]
+        ]
+    )
+
+
+class TestDeepLinear:
+    """Bernacchia, Lengyel & Hennequin (2018): K-FAC / depth is an exact natural gradient."""
+
+    def step(self, widths):
+        """Fisher matrix, gradient and K-FAC direction of all weights, each flattened."""
+        rng = np.random.default_rng(1)
+        model = linear_network(widths)
+        x, y = rng.normal(size=(200, widths[0])), rng.normal(size=(200, widths[-1]))
+        loss = keras.losses.MeanSquaredError(dtype="float64")
+        variables = model.trainable_variables
+        fisher = dense_ggn(model, loss, x, y, variables)
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x))
+        gradient = tape.gradient(value, [v.value for v in variables])
+        before = model.get_weights()
+        model.compile(kfac(learning_rate=1.0)().attach(model), loss)
+        model.train_on_batch(x, y)
+        direction = [b - a for b, a in zip(before, model.get_weights())]
+        return fisher, *(np.concatenate([np.ravel(t) for t in ts]) for ts in (gradient, direction))
+
+    def test_is_an_exact_natural_gradient(self):
+        fisher, gradient, direction = self.step((6, 6, 6, 6))
+        assert np.linalg.matrix_rank(fisher, tol=1e-10) == 36  # of 108: gauge freedom
+        assert_close(fisher @ (direction / 3), gradient, 1e-8)
+
+    def test_without_the_depth_it_is_too_long(self):
+        fisher, gradient, direction = self.step((6, 6, 6, 6))
+        assert_close(fisher @ direction, 3 * gradient, 1e-8)
+
+    def test_bottleneck_breaks_it(self):
+        fisher, gradient, direction = self.step((6, 4, 5, 6))
+        assert relative_difference(fisher @ (direction / 3), gradient) > 0.01
+
+    @pytest.mark.parametrize("smallest", [1.0, 0.1, 0.01])
+    def test_contracts_at_the_rate_of_theory(self, smallest):
+        """Excess loss falls by (1 - α)² per step, however badly the data are conditioned."""
+        rng, alpha, depth, steps = np.random.default_rng(3), 0.1, 3, 60
+        scales = np.geomspace(1, smallest, 6)
+        x = rng.normal(size=(400, 6)) * scales @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+        target = rng.normal(size=(6, 6))
+        y = x @ target
+        model = linear_network((6, 6, 6, 6), seed=4)
+        loss = keras.losses.MeanSquaredError(dtype="float64")
+        optimizer = kfac(learning_rate=alpha / depth, factor_ema_decay=0.0)()
+        model.compile(optimizer.attach(model), loss, jit_compile=False)
+        losses = []
+        for _ in range(steps):
+            losses.append(float(loss(y, model(x))))
+            model.train_on_batch(x, y)
+        rate = (losses[-1] / losses[0]) ** (1 / (steps - 1))
+        assert rate == pytest.approx((1 - alpha) ** 2, abs=0.02)

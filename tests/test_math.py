@@ -1,0 +1,276 @@
+"""The pure mathematics against slow references."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_kfac.introspection.adapters import Conv2DAdapter
+from keras_kfac.math import factors, kronecker, linalg, patches, step_control
+from keras_kfac.math.moving_average import weighted_average
+from tests.reference import assert_close
+
+RNG = np.random.default_rng(1)
+
+CONVOLUTIONS = [
+    {"padding": padding, **options}
+    for padding, options in itertools.product(
+        ["valid", "same"],
+        [
+            {"kernel_size": 3},
+            {"kernel_size": (2, 3), "strides": 2},
+            {"kernel_size": 4, "strides": 3},
+            {"kernel_size": 3, "dilation_rate": 2},
+            {"kernel_size": (4, 3), "dilation_rate": 3},
+            {"kernel_size": 2, "dilation_rate": 2},
+            {"kernel_size": 1},
+        ],
+    )
+]
+
+
+def conv_layer(channels=3, filters=4, **options):
+    layer = keras.layers.Conv2D(
+        filters, dtype="float64", bias_initializer="random_normal", **options
+    )
+    layer.build((None, 13, 12, channels))
+    return layer
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+class TestPatches:
+    def test_product_with_kernel_is_the_convolution(self, options):
+        """Identity 1."""
+        layer, x = conv_layer(**options), RNG.normal(size=(2, 13, 12, 3))
+        adapter = Conv2DAdapter(layer, lambda v: True)
+        rows = adapter.input_rows(tf.constant(x))
+        matrix = adapter.to_matrix({id(v): v.value for v in adapter.variables})
+        expected = layer(x)
+        assert_close(tf.matmul(rows, matrix), tf.reshape(expected, [2, -1, 4]), 1e-12)
+
+    def test_input_factor_against_loops(self, options):
+        """Identity 2: every location one by one; the corner of the bias is 1."""
+        layer, x = conv_layer(**options), RNG.normal(size=(2, 13, 12, 3))
+        adapter = Conv2DAdapter(layer, lambda v: True)
+        moment, weight = factors.input_moment(adapter.input_rows(tf.constant(x)))
+        expected = explicit_input_factor(x, layer)
+        assert_close(moment / weight, expected, 1e-12)
+        assert expected[-1, -1] == 1.0
+
+
+def explicit_input_factor(x, layer):
+    """Double loop over output locations, padding as TensorFlow documents it."""
+    out_height, out_width = layer.compute_output_shape(x.shape)[1:3]
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.strides, layer.dilation_rate
+    if layer.padding == "same":
+        pads = []
+        for size, out, k, s, d in [
+            (x.shape[1], out_height, kh, sh, dh),
+            (x.shape[2], out_width, kw, sw, dw),
+        ]:
+            total = max((out - 1) * s + (k - 1) * d + 1 - size, 0)
+            pads.append((total // 2, total - total // 2))
+        x = np.pad(x, [(0, 0), *pads, (0, 0)])
+    total = 0
+    for image, i, j in itertools.product(x, range(out_height), range(out_width)):
+        taps = [
+            image[i * sh + a * dh, j * sw + b * dw]
+            for a, b in itertools.product(range(kh), range(kw))
+        ]
+        row = np.append(np.concatenate(taps), 1.0)
+        total = total + np.outer(row, row)
+    return total / (len(x) * out_height * out_width)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_grouped_rows_times_matrix_is_the_convolution(groups, use_bias):
+    layer = conv_layer(4, 8, kernel_size=3, groups=groups, use_bias=use_bias)
+    x = RNG.normal(size=(2, 13, 12, 4))
+    adapter = Conv2DAdapter(layer, lambda v: True)
+    product = tf.matmul(
+        adapter.input_rows(tf.constant(x)),
+        # One matrix per group, for all images.
+        expand_images(adapter.to_matrix({id(v): v.value for v in adapter.variables}), groups),
+    )
+    expected = adapter.output_rows(layer(x))
+    assert_close(product, expected, 1e-12)
+
+
+def expand_images(matrix, groups):
+    return matrix if groups == 1 else matrix[:, tf.newaxis]
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("trained", ["both", "kernel", "bias"])
+def test_matrix_round_trip(groups, trained):
+    layer = conv_layer(6, 9, kernel_size=2, groups=groups)
+    chosen = {"both": [layer.kernel, layer.bias], "kernel": [layer.kernel], "bias": [layer.bias]}
+    adapter = Conv2DAdapter(layer, lambda v: any(v is c for c in chosen[trained]))
+    gradients = {id(v): tf.constant(RNG.normal(size=v.shape)) for v in chosen[trained]}
+    matrix = adapter.to_matrix(gradients)
+    assert tuple(matrix.shape[-2:]) == adapter.dims
+    back = adapter.from_matrix(matrix)
+    assert back.keys() == gradients.keys()
+    for key, value in gradients.items():
+        np.testing.assert_array_equal(back[key], value)
+
+
+def spd(size, rng=RNG, rank=None):
+    root = rng.normal(size=(size, rank or 2 * size))
+    return root @ root.T / root.shape[1]
+
+
+class TestFactoredDamping:
+    """Identity 16."""
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(2, 5), st.integers(2, 5), st.floats(1e-6, 1e3), st.floats(1e-3, 1e3))
+    def test_excess_over_tikhonov(self, d_in, d_out, damping, scale):
+        rng = np.random.default_rng(d_in + 10 * d_out)
+        a, g = spd(d_in, rng), spd(d_out, rng)
+        damped_a, damped_g = kronecker.factored_damping(
+            tf.constant(a), tf.constant(g), tf.constant(damping, tf.float64)
+        )
+        pi = np.sqrt((np.trace(a) / d_in) / (np.trace(g) / d_out))
+        root = np.sqrt(damping)
+        excess = np.kron(damped_a, damped_g) - np.kron(a, g) - damping * np.eye(d_in * d_out)
+        expected = pi * root * np.kron(np.eye(d_in), g) + root / pi * np.kron(a, np.eye(d_out))
+        assert_close(excess, expected, 1e-9)
+        assert np.linalg.eigvalsh(excess).min() > -1e-12 * np.abs(excess).max()
+        moved_a, moved_g = kronecker.factored_damping(
+            tf.constant(scale * a), tf.constant(g / scale), tf.constant(damping, tf.float64)
+        )
+        assert_close(np.kron(moved_a, moved_g), np.kron(damped_a, damped_g))
+
+    def test_identity_factors_are_not_tikhonov(self):
+        a, g = kronecker.factored_damping(
+            4 * tf.eye(2, dtype=tf.float64), 9 * tf.eye(3, dtype=tf.float64), 0.25
+        )
+        assert_close(np.kron(a, g), (6 + 0.5) ** 2 * np.eye(6))
+
+    @pytest.mark.parametrize("shape", [(1, 3), (3, 1), (1, 1)])
+    def test_scalar_factor_leaves_tikhonov(self, shape):
+        a, g = spd(shape[0]), spd(shape[1])
+        damped = kronecker.factored_damping(tf.constant(a), tf.constant(g), 0.3)
+        assert_close(np.kron(*damped), np.kron(a, g) + 0.3 * np.eye(max(shape)))
+
+    @pytest.mark.parametrize("zero", ["input", "output", "both"])
+    @pytest.mark.parametrize("size", [1, 3])
+    def test_dead_layer_is_tikhonov_alone(self, zero, size):
+        a = np.zeros((size, size)) if zero != "output" else spd(size)
+        g = np.zeros((2, 2)) if zero != "input" else spd(2)
+        damped = kronecker.factored_damping(tf.constant(a), tf.constant(g), 0.3)
+        assert_close(np.kron(*damped), 0.3 * np.eye(2 * size))
+
+    def test_groups_are_damped_one_by_one(self):
+        a, g = np.stack([spd(3), 100 * spd(3)]), np.stack([spd(2), np.zeros((2, 2))])
+        together = kronecker.factored_damping(tf.constant(a), tf.constant(g), 0.1)
+        for group in range(2):
+            alone = kronecker.factored_damping(tf.constant(a[group]), tf.constant(g[group]), 0.1)
+            for both, one in zip(together, alone):
+                np.testing.assert_array_equal(both[group], one)
+
+
+class TestPreconditioning:
+    def test_is_the_inverse_of_the_kronecker_product(self):
+        a, g, gradient = spd(4), spd(3), RNG.normal(size=(4, 3))
+        inverses = linalg.spd_inverse(tf.constant(a)), linalg.spd_inverse(tf.constant(g))
+        direction = kronecker.precondition(tf.constant(gradient), *inverses)
+        expected = np.linalg.solve(np.kron(a, g), gradient.ravel())
+        assert_close(np.ravel(direction), expected, 1e-9)
+        # The other order of the factors is the wrong matrix for row-major weights.
+        wrong = np.linalg.solve(np.kron(g, a), gradient.ravel())
+        assert np.abs(np.ravel(direction) - wrong).max() > 1e-2 * np.abs(wrong).max()
+
+    def test_inverse_is_symmetric_and_exact(self):
+        matrix = np.stack([spd(20), spd(20)])
+        inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
+        np.testing.assert_array_equal(inverse, np.swapaxes(inverse, -1, -2))
+        assert_close(inverse @ matrix, np.stack([np.eye(20)] * 2), 1e-9)
+
+    def test_inverse_fails_by_nan_for_the_failing_matrix_only(self):
+        matrix = np.stack([spd(3), -np.eye(3), np.zeros((3, 3)), np.full((3, 3), np.nan)])
+        inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
+        assert np.isfinite(inverse[0]).all()
+        assert np.isnan(inverse[1:]).all()
+
+
+class TestMovingAverage:
+    """Identity 23."""
+
+    def run(self, values, weights, decay):
+        mean, weight = tf.constant(0.0, tf.float64), tf.constant(0.0, tf.float64)
+        for value, new_weight in zip(values, weights):
+            mean, weight = weighted_average(
+                mean, weight, *(tf.constant(v, tf.float64) for v in (value, new_weight)), decay
+            )
+            yield float(mean)
+
+    def test_constant_stream_is_a_fixed_point_from_the_first_value(self):
+        values = np.full(20, 3.7)
+        np.testing.assert_allclose(list(self.run(values, np.ones(20), 0.9)), 3.7, rtol=1e-14)
+
+    def test_closed_form(self):
+        values, weights, decay = RNG.normal(size=12), RNG.uniform(1, 5, size=12), 0.8
+        powers = decay ** np.arange(11, -1, -1)
+        expected = (powers * weights * values).sum() / (powers * weights).sum()
+        assert list(self.run(values, weights, decay))[0] == pytest.approx(values[0], rel=1e-14)
+        assert list(self.run(values, weights, decay))[-1] == pytest.approx(expected, rel=1e-12)
+
+    def test_without_decay_it_is_the_plain_mean(self):
+        values = RNG.normal(size=9)
+        *_, last = self.run(values, np.ones(9), 1.0)
+        assert last == pytest.approx(values.mean(), rel=1e-12)
+
+    def test_weight_zero_changes_nothing(self):
+        results = list(self.run([1.0, 5.0], [2.0, 0.0], 0.9))
+        assert results[0] == results[1]
+        assert next(iter(self.run([5.0], [0.0], 0.9))) == 0.0
+
+    @pytest.mark.parametrize("sizes", [[1] * 13, [8, 5], [6, 7]])
+    def test_partition_of_a_batch(self, sizes):
+        """Identity 7: weighted by their counts, parts give the factor of the whole."""
+        rows = RNG.normal(size=(13, 2, 4))
+        moment, weight = factors.input_moment(tf.constant(rows))
+        mean = total = tf.constant(0.0, tf.float64)
+        for part in np.split(rows, np.cumsum(sizes)[:-1]):
+            part_moment, part_weight = factors.input_moment(tf.constant(part))
+            count = tf.constant(len(part), tf.float64)
+            mean, total = weighted_average(mean, total, part_moment / part_weight, count, 1.0)
+        assert_close(mean, moment / weight, 1e-12)
+
+
+class TestKLClip:
+    """Identity 22."""
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.floats(0, 1e6), st.floats(1e-6, 10), st.floats(1e-8, 1e3))
+    def test_bounds_the_step(self, product, learning_rate, bound):
+        scale = float(
+            step_control.kl_clip_scale(tf.constant(product, tf.float64), learning_rate, bound)
+        )
+        before = learning_rate**2 * product
+        after = before * scale**2
+        if before > bound * (1 + 1e-9):
+            assert after == pytest.approx(bound, rel=1e-9)
+        elif before < bound * (1 - 1e-9):
+            assert scale == 1.0
+
+    @pytest.mark.parametrize("product", [0.0, -1e-12])
+    def test_no_step_is_left_alone(self, product):
+        assert float(step_control.kl_clip_scale(tf.constant(product), 0.1, 1e-3)) == 1.0
+
+
+def test_python_floats_keep_their_digits():
+    assert float(linalg.scalar(0.1, "float64")) == 0.1
+    assert linalg.scalar(tf.constant(0.5), "float64").dtype == tf.float64
+
+
+def test_patches_shape_is_static():
+    rows = patches.patches_2d(tf.zeros([2, 5, 5, 3]), (2, 2), (1, 1), "valid", (1, 1))
+    assert rows.shape == (2, 16, 12)
