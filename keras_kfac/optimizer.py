@@ -1,7 +1,6 @@
 """The K-FAC optimizer."""
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -19,8 +18,8 @@ from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.step_control import kl_clip_scale
-from keras_kfac.model_state import ModelState, keep_loss_scale_loadable
 from keras_kfac.problem_report import ProblemReport
+from keras_kfac.restorable import RestorableOptimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class _Built:
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
-class KFAC(keras.optimizers.Optimizer):
+class KFAC(RestorableOptimizer):
     """Natural gradient descent with Kronecker-factored approximate curvature (K-FAC).
 
     For every `Dense` and `Conv2D` layer with input rows `ā` (the 1 of the bias included) and
@@ -114,7 +113,8 @@ class KFAC(keras.optimizers.Optimizer):
         name: str = "kfac",
         **kwargs: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
+        fallback = validation.check_fallback(fallback)
+        super().__init__(fallback, learning_rate=learning_rate, name=name, **kwargs)
         validation.check_unit_interval("momentum", momentum)
         validation.check_unit_interval("factor_ema_decay", factor_ema_decay)
         validation.check_positive("kl_clip", kl_clip)
@@ -122,7 +122,6 @@ class KFAC(keras.optimizers.Optimizer):
         self.factor_ema_decay = factor_ema_decay
         self.fisher = validation.check_fisher(fisher)
         self.kl_clip = kl_clip
-        self.fallback = validation.check_fallback(fallback)
         self.seed = seed
 
         self._damping_schedule: LearningRateSchedule | None = None
@@ -136,7 +135,6 @@ class KFAC(keras.optimizers.Optimizer):
         self._report = ProblemReport()
         self._attachment: Attachment | None = None
         self._built: _Built | None = None
-        self._state = ModelState(self.add_variable)
 
     # ---- Hyperparameters ------------------------------------------------------------------------
 
@@ -219,7 +217,7 @@ class KFAC(keras.optimizers.Optimizer):
                 "create a new optimizer. Received: "
                 f"model={model.name!r}, attached to {self._attachment.model.name!r}"
             )
-        self._check_variables(model, variables)
+        validation.check_trainable(model, variables, self.is_known if self.built else None)
         if self._attachment is not None:
             if loss is None and variables is None:
                 return self
@@ -270,101 +268,26 @@ class KFAC(keras.optimizers.Optimizer):
             raise unattached_error()
         return self._attachment
 
-    def _check_variables(
-        self, model: keras.Model, variables: Sequence[keras.Variable] | None
-    ) -> None:
-        if not model.built:
-            return
-        trained = model.trainable_variables if variables is None else variables
-        if not trained:
-            raise ValueError(
-                "The model has no trainable weights: there is nothing to optimise. "
-                f"Received: model={model.name!r}"
-            )
-        if self.built and any(not self._is_trained(v) for v in trained):
-            unknown = [v.path for v in trained if not self._is_trained(v)]
-            raise ValueError(
-                "The optimizer was built for other variables. Create a new optimizer for a model "
-                "whose layers were added or unfrozen since, or for another model. "
-                f"Received: unknown variables {unknown}"
-            )
-
-    # ---- State ----------------------------------------------------------------------------------
-
-    def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Creates the variables that do not depend on the attached model."""
-        if not self.built:
-            super().build(list(variables))
-
-    def _is_trained(self, variable: keras.Variable) -> bool:
-        return self._var_key(variable) in self._trainable_variables_indices
-
-    def _build_curvature(self, passes: Sequence[ForwardPass]) -> None:
+    def _build_curvature(self, passes: Sequence[ForwardPass]) -> _Built:
         if self._built is not None:
-            return
+            return self._built
         attachment = self._require_attachment()
-        plan = attachment.plan(self._is_trained, passes)
+        plan = attachment.plan(self.is_known, passes)
         if not plan.adapters:
             raise ValueError(
                 "K-FAC covers no layer of this model; use another optimizer. Received: model "
                 f"{attachment.model.name!r}\n{plan.rows}"
             )
-        curvature = ModelCurvature(plan.adapters, self._state.variable)
+        curvature = ModelCurvature(plan.adapters, self.model_variable)
         covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
         if self.momentum:
             for index, variable in covered.items():
-                self._state.variable(f"velocity.{index}", variable.shape, variable.dtype)
+                self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
-        self._build_fallback(others)
+        self.build_fallback(others)
         self._built = _Built(curvature, plan.rows, covered)
-        keep_loss_scale_loadable(attachment.model.optimizer, self._model_variables)
-
-    def _build_fallback(self, indices: Sequence[int]) -> None:
-        variables = [self._trainable_variables[i] for i in indices]
-        if variables and not self.fallback.built:
-            self.fallback.build(variables)
-
-    @property
-    def variables(self) -> list[keras.Variable]:
-        """All state, that of the fallback optimizer included once it is in use."""
-        return super().variables + (self.fallback.variables if self.fallback.built else [])
-
-    def _model_variables(self) -> list[keras.Variable]:
-        """Variables that exist only once the model is known."""
-        return [*self._state, *(self.fallback.variables if self.fallback.built else [])]
-
-    def _base_variables(self) -> list[keras.Variable]:
-        """Variables that exist without an attached model, in a fixed order."""
-        others = {id(variable) for variable in self._state}
-        return [v for v in super().variables if id(v) not in others]
-
-    def save_own_variables(self, store: Any) -> None:
-        """Saves all state but that of the fallback, which Keras saves as a part of its own."""
-        for index, variable in enumerate(self._base_variables()):
-            store[f"base.{index}"] = variable.numpy()
-        self._state.save(store)
-        if self.fallback.built:
-            known = [self._var_key(v) for v in self._trainable_variables]
-            fallback = [known.index(self._var_key(v)) for v in self.fallback._trainable_variables]
-            store["fallback"] = fallback
-
-    def load_own_variables(self, store: Any) -> None:
-        """Restores all state, before or after the optimizer is attached to the loaded model."""
-        base = self._base_variables()
-        saved = sum(key.startswith("base.") for key in store.keys())
-        if saved > len(base):
-            warnings.warn(
-                f"Skipping variable loading for optimizer '{self.name}', because it has "
-                f"{len(base)} variables whereas the saved optimizer has {saved}. Call "
-                "`optimizer.build(model.trainable_variables)` first.",
-                stacklevel=2,
-            )
-            return
-        for index in range(saved):
-            base[index].assign(store[f"base.{index}"])
-        self._state.load(store)
-        if "fallback" in store.keys():
-            self._build_fallback([int(index) for index in store["fallback"]])
+        self.keep_loss_scale_loadable(attachment.model.optimizer)
+        return self._built
 
     # ---- The step -------------------------------------------------------------------------------
 
@@ -385,11 +308,11 @@ class KFAC(keras.optimizers.Optimizer):
             if not self.built:
                 self.build(trainable_variables)
         passes = attachment.take_passes()
-        self._build_curvature(passes)
+        built = self._build_curvature(passes)
         loss = attachment.loss()
 
         def step() -> None:
-            self._update_factors(passes, loss)
+            self._update_factors(built.curvature, passes, loss)
             super(KFAC, self).apply(grads, trainable_variables)
 
         def skip() -> None:
@@ -397,8 +320,9 @@ class KFAC(keras.optimizers.Optimizer):
 
         ops.cond(_all_finite(grads), step, skip)
 
-    def _update_factors(self, passes: Sequence[ForwardPass], loss: ModelLoss) -> None:
-        curvature = self._built.curvature
+    def _update_factors(
+        self, curvature: ModelCurvature, passes: Sequence[ForwardPass], loss: ModelLoss
+    ) -> None:
         micro_steps = self.gradient_accumulation_steps or 1
         is_first = tf.equal(self._iterations % micro_steps, 0)
         # The micro-batches of one step form a plain mean.
@@ -414,6 +338,8 @@ class KFAC(keras.optimizers.Optimizer):
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
+        if self._built is None:  # `apply` builds it; nothing else calls this method.
+            raise unattached_error()
         curvature, covered = self._built.curvature, self._built.covered
         due = tf.equal(self.iterations % tf.convert_to_tensor(self._inverse_update_period), 0)
         ops.cond(due, lambda: curvature.refresh(self.damping), lambda: None)
@@ -445,7 +371,7 @@ class KFAC(keras.optimizers.Optimizer):
         """Momentum step along a direction that is already preconditioned and clipped."""
         step = -scalar(learning_rate, variable.dtype) * tf.cast(gradient, variable.dtype)
         if self.momentum:
-            velocity = self._state[f"velocity.{self._get_variable_index(variable)}"]
+            velocity = self.model_variables[f"velocity.{self._get_variable_index(variable)}"]
             step += scalar(self.momentum, variable.dtype) * velocity
             self.assign(velocity, step)
         self.assign_add(variable, step)

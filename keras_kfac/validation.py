@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -88,4 +89,33 @@ def check_attachable(model: Any) -> None:
         raise NotImplementedError(
             "K-FAC does not support training on several replicas yet. Train on one device. "
             f"Received: a distribution strategy with {replicas} replicas"
+        )
+
+
+def check_trainable(
+    model: keras.Model,
+    variables: Sequence[keras.Variable] | None,
+    is_known: Callable[[keras.Variable], bool] | None,
+) -> None:
+    """Checks that there is something to train, known to an optimizer that is already built.
+
+    Args:
+        model: The model to attach; nothing is checked before it is built.
+        variables: Those to train, if not all trainable variables of the model.
+        is_known: Whether the optimizer was built for a variable; `None` if it is not built.
+    """
+    if not model.built:
+        return
+    trained = model.trainable_variables if variables is None else variables
+    if not trained:
+        raise ValueError(
+            "The model has no trainable weights: there is nothing to optimise. "
+            f"Received: model={model.name!r}"
+        )
+    unknown = [v.path for v in trained if is_known is not None and not is_known(v)]
+    if unknown:
+        raise ValueError(
+            "The optimizer was built for other variables. Create a new optimizer for another "
+            "model, or after layers were added or unfrozen. "
+            f"Received: unknown variables {unknown}"
         )

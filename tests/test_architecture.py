@@ -12,7 +12,7 @@ LAYERS = [
     ["_keras_internals"],
     ["introspection"],
     ["curvature"],
-    ["validation", "attachment", "model_state", "problem_report"],
+    ["validation", "attachment", "restorable", "problem_report"],
     ["optimizer"],
     ["callbacks"],
     ["__init__"],

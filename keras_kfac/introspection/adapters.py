@@ -30,9 +30,9 @@ class LayerAdapter(abc.ABC):
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         self.layer = layer
-        kernel, bias = self.parameters(layer)
-        self.kernel = kernel if kernel is not None and trained(kernel) else None
-        self.bias = bias if bias is not None and trained(bias) else None
+        kernel, bias = layer.kernel, layer.bias
+        self.kernel: keras.Variable | None = kernel if trained(kernel) else None
+        self.bias: keras.Variable | None = bias if bias is not None and trained(bias) else None
 
     @classmethod
     @abc.abstractmethod
@@ -50,13 +50,6 @@ class LayerAdapter(abc.ABC):
         if layer.quantization_mode is not None:
             return f"the layer is quantized ({layer.quantization_mode})"
         return None
-
-    @staticmethod
-    def parameters(
-        layer: keras.Layer,
-    ) -> tuple[keras.Variable | None, keras.Variable | None]:
-        """Kernel and bias of a built layer."""
-        return layer.kernel, layer.bias
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -100,29 +93,30 @@ class LayerAdapter(abc.ABC):
     def to_matrix(self, gradients: Gradients) -> tf.Tensor:
         """Joins kernel and bias gradients into `[..., d_in, d_out]`."""
         parts = []
-        if self.kernel is not None:
-            parts.append(self._kernel_to_matrix(gradients[id(self.kernel)]))
-        if self.bias is not None:
-            rows = [] if self.groups is None else [self.groups]
-            bias = gradients[id(self.bias)]
-            parts.append(tf.reshape(bias, [*rows, 1, self.kernel_dims[1]]))
+        for variable in self.variables:
+            gradient = gradients[id(variable)]
+            parts.append(self._group(tf.reshape(gradient, [-1, variable.shape[-1]])))
         return parts[0] if len(parts) == 1 else tf.concat(parts, axis=-2)
 
     def from_matrix(self, matrix: tf.Tensor) -> Gradients:
         """Inverse of `to_matrix`."""
         result = {}
         if self.bias is not None:
-            result[id(self.bias)] = tf.reshape(matrix[..., -1, :], self.bias.shape)
+            bias = self._ungroup(matrix[..., -1:, :])
+            result[id(self.bias)] = tf.reshape(bias, self.bias.shape)
         if self.kernel is not None:
             rows = matrix[..., : self.kernel_dims[0], :]
-            result[id(self.kernel)] = self._matrix_to_kernel(rows)
+            result[id(self.kernel)] = tf.reshape(self._ungroup(rows), self.kernel.shape)
         return result
 
-    def _kernel_to_matrix(self, kernel: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(kernel, self.kernel_dims)
+    # Keras keeps the output channels of a group side by side: columns of `[rows, groups * d_out]`.
+    def _group(self, matrix: tf.Tensor) -> tf.Tensor:
+        if self.groups is None:
+            return matrix
+        return tf.transpose(tf.reshape(matrix, [-1, self.groups, self.kernel_dims[1]]), [1, 0, 2])
 
-    def _matrix_to_kernel(self, matrix: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(matrix, self.kernel.shape)
+    def _ungroup(self, matrix: tf.Tensor) -> tf.Tensor:
+        return matrix if self.groups is None else tf.transpose(matrix, [1, 0, 2])
 
 
 class DenseAdapter(LayerAdapter):
@@ -130,17 +124,20 @@ class DenseAdapter(LayerAdapter):
 
     @classmethod
     def methods(cls) -> Collection[str]:
+        """Names of the layer's methods relied on."""
         return ("call",)
 
     @property
     def kernel_dims(self) -> tuple[int, int]:
-        kernel, _ = self.parameters(self.layer)
-        return tuple(kernel.shape)
+        """Rows and columns of the kernel."""
+        return tuple(self.layer.kernel.shape)
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Rows that the kernel multiplies."""
         return self._rows(inputs)
 
     def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+        """Rows of pre-activation gradients."""
         return self._rows(gradients)
 
     @staticmethod
@@ -156,18 +153,22 @@ class Conv2DAdapter(LayerAdapter):
 
     @classmethod
     def methods(cls) -> Collection[str]:
+        """Names of the layer's methods relied on."""
         return ("call", "convolution_op")
 
     @property
     def groups(self) -> int | None:
+        """Groups of channels, each a block of its own."""
         return self.layer.groups if self.layer.groups > 1 else None
 
     @property
     def kernel_dims(self) -> tuple[int, int]:
-        kernel, _ = self.parameters(self.layer)
-        return math.prod(kernel.shape[:-1]), kernel.shape[-1] // self.layer.groups
+        """Rows and columns of the kernel."""
+        *window, channels = self.layer.kernel.shape
+        return math.prod(window), channels // self.layer.groups
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Rows that the kernel multiplies."""
         layer = self.layer
         images = self._channels_last(inputs)
         rows = patches.patches_2d(
@@ -176,6 +177,7 @@ class Conv2DAdapter(LayerAdapter):
         return self._split(rows, images.shape[-1])
 
     def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+        """Rows of pre-activation gradients."""
         gradients = self._channels_last(gradients)
         channels = gradients.shape[-1]
         rows = tf.reshape(gradients, [tf.shape(gradients)[0], -1, channels])
@@ -190,16 +192,3 @@ class Conv2DAdapter(LayerAdapter):
         if self.groups is None:
             return rows
         return patches.split_channel_groups(rows, channels, self.groups)
-
-    # Keras keeps the kernel of a grouped convolution as [height, width, channels_in / groups,
-    # channels_out], the output channels of a group side by side.
-    def _kernel_to_matrix(self, kernel: tf.Tensor) -> tf.Tensor:
-        rows, columns = self.kernel_dims
-        if self.groups is None:
-            return tf.reshape(kernel, [rows, columns])
-        return tf.transpose(tf.reshape(kernel, [rows, self.groups, columns]), [1, 0, 2])
-
-    def _matrix_to_kernel(self, matrix: tf.Tensor) -> tf.Tensor:
-        if self.groups is not None:
-            matrix = tf.transpose(matrix, [1, 0, 2])
-        return tf.reshape(matrix, self.kernel.shape)

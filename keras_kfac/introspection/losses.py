@@ -101,8 +101,14 @@ class ModelLoss:
         return 1.0 if self.likelihood is None else self.likelihood.weight(outputs.shape[-1])
 
     def differentiable_outputs(self, outputs: tf.Tensor) -> tuple[tf.Tensor, Likelihood]:
-        """What to differentiate, and its likelihood: logits where the loss goes back to them."""
-        if self.likelihood is None or self.likelihood.family is Family.NORMAL:
+        """What to differentiate, and its likelihood: logits where the loss goes back to them.
+
+        Raises:
+            ValueError: If the likelihood is unknown.
+        """
+        if self.likelihood is None:
+            raise ValueError(f"Unknown likelihood. Received: loss={self.loss!r}")
+        if self.likelihood.family is Family.NORMAL:
             return outputs, self.likelihood
         logits = _keras_internals.loss_logits(outputs)
         # Keras loses sight of the logits when it casts the outputs to the dtype of the loss.

@@ -15,13 +15,12 @@ natural gradient method", JMLR 21, sections 5, 8 and 9.
 
 import dataclasses
 import enum
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_probability as tfp
 
 from keras_kfac.math.linalg import scalar
-
-tfd = tfp.distributions
 
 # Probabilities are clipped to [_FLOOR, 1 - _FLOOR], as Keras clips them in its losses.
 _FLOOR = 1e-7
@@ -67,8 +66,9 @@ class Likelihood:
         probabilities = tf.clip_by_value(outputs, _FLOOR, 1 - _FLOOR)
         return tf.math.log(probabilities) - tf.math.log1p(-probabilities)
 
-    def distribution(self, natural: tf.Tensor) -> tfd.Distribution:
+    def distribution(self, natural: tf.Tensor) -> Any:
         """TFP distribution with one batch entry for each position of the outputs."""
+        tfd = tfp.distributions
         if self.family is Family.CATEGORICAL:
             return tfd.Categorical(logits=natural)
         if self.family is Family.BERNOULLI:
