@@ -239,11 +239,6 @@ class KFAC(RestorableOptimizer):
             self._attachment.remove()
             self._attachment = None
 
-    @property
-    def attached_model(self) -> keras.Model | None:
-        """The model that the optimizer is attached to, if any."""
-        return None if self._attachment is None else self._attachment.model
-
     def coverage(self) -> Coverage:
         """Tells for every layer with weights which curvature block covers it, or why none does.
 
@@ -286,7 +281,7 @@ class KFAC(RestorableOptimizer):
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
         self.build_fallback(others)
         self._built = _Built(curvature, plan.rows, covered)
-        self.keep_loss_scale_loadable(attachment.model.optimizer)
+        self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
         return self._built
 
     # ---- The step -------------------------------------------------------------------------------

@@ -74,6 +74,13 @@ class RestorableOptimizer(keras.optimizers.Optimizer):
         """All state, that of the fallback optimizer included once it is in use."""
         return super().variables + (self.fallback.variables if self.fallback.built else [])
 
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets the values of all `variables`."""
+        own = len(super().variables)
+        super().set_weights(weights[:own])
+        if self.fallback.built:
+            self.fallback.set_weights(weights[own:])
+
     def _base_variables(self) -> list[keras.Variable]:
         """Variables that exist without an attached model, in a fixed order."""
         others = {id(variable) for variable in self.model_variables.values()}
