@@ -281,6 +281,7 @@ class KFAC(RestorableOptimizer):
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
         self.build_fallback(others)
         self._built = _Built(curvature, plan.rows, covered)
+        self.model_is_known = True
         self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
         return self._built
 

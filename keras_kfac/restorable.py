@@ -24,11 +24,13 @@ class RestorableOptimizer(keras.optimizers.Optimizer):
 
     Attributes:
         model_variables: The model variables by name, in order of their creation.
+        model_is_known: Whether the subclass has created all model variables for its model.
     """
 
     def __init__(self, fallback: keras.optimizers.Optimizer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.fallback = fallback
+        self.model_is_known = False
         self.model_variables: dict[str, keras.Variable] = {}
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -71,11 +73,14 @@ class RestorableOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """All state, that of the fallback optimizer included once it is in use."""
+        """All state; that of a model not yet known stays aside, as an unused optimizer's would."""
+        if not self.model_is_known:
+            return self._base_variables()
         return super().variables + (self.fallback.variables if self.fallback.built else [])
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets the values of all `variables`."""
+        weights = list(weights)
         own = len(super().variables)
         super().set_weights(weights[:own])
         if self.fallback.built:
@@ -129,10 +134,17 @@ class RestorableOptimizer(keras.optimizers.Optimizer):
         if not isinstance(wrapper, keras.optimizers.LossScaleOptimizer):
             return
 
+        def kept() -> list[keras.Variable]:
+            left_out = {id(v) for v in self.variables} - {id(v) for v in self._base_variables()}
+            return [v for v in wrapper.variables if id(v) not in left_out]
+
         def save_own_variables(store: Any) -> None:
-            known = {id(v) for v in self.variables} - {id(v) for v in self._base_variables()}
-            kept = [v for v in wrapper.variables if id(v) not in known]
-            for index, variable in enumerate(kept):
+            for index, variable in enumerate(kept()):
                 store[str(index)] = variable.numpy()
 
+        def load_own_variables(store: Any) -> None:
+            for index, variable in enumerate(kept()):
+                variable.assign(store[str(index)])
+
         vars(wrapper)["save_own_variables"] = save_own_variables
+        vars(wrapper)["load_own_variables"] = load_own_variables

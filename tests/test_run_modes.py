@@ -1,0 +1,182 @@
+"""Every way to run a training step: one suite over all of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests import helpers
+
+EPOCHS = 3
+
+
+class OwnTrainStep(keras.Sequential):
+    """A user's model with its own tape."""
+
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+        return {"loss": loss}
+
+
+class CountedTraces(keras.Sequential):
+    """Counts how often Python runs through `train_step`."""
+
+    traces = 0
+
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        type(self).traces += 1
+        return super().train_step(data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A way to train.
+
+    Attributes:
+        train: Trains a compiled model on data for some epochs.
+        compile: Arguments for `compile`.
+        optimizer: Arguments for the optimizer.
+        policy: The dtype policy.
+        model: The class of the model.
+        examples: How many; a multiple of the batch size or not.
+    """
+
+    train: Callable[..., Any] = helpers.fit
+    compile: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    policy: str = "float32"
+    model: type[keras.Sequential] = keras.Sequential
+    examples: int = 4 * helpers.BATCH
+
+    def run(self, policy: str | None = None, examples: int | None = None) -> keras.Model:
+        """A model trained in this mode."""
+        with helpers.precision(policy or self.policy):
+            model = helpers.compiled(
+                helpers.cnn(self.model),
+                helpers.kfac(inverse_update_period=2, **self.optimizer),
+                **self.compile,
+            )
+            self.train(model, helpers.images(examples or self.examples), EPOCHS)
+        return model
+
+
+# Compiled code draws other random numbers from the same seed: `jit_compile` is compared without.
+SAME_MATHEMATICS = {
+    "run_eagerly": Mode(compile={"run_eagerly": True}),
+    "jit_compile": Mode(compile={"jit_compile": True}, optimizer={"fisher": "exact"}),
+    "steps_per_execution": Mode(compile={"steps_per_execution": 4}),
+    "own_train_step": Mode(model=OwnTrainStep),
+    "custom_loop": Mode(helpers.tape_loop),
+    "custom_loop_in_graph": Mode(functools.partial(helpers.tape_loop, graph=True)),
+    "train_on_batch": Mode(helpers.train_on_batches),
+}
+MODES = {
+    "fit": Mode(),
+    **SAME_MATHEMATICS,
+    "mixed_bfloat16": Mode(policy="mixed_bfloat16"),
+    "mixed_float16": Mode(policy="mixed_float16"),
+    "mixed_float16_jit": Mode(policy="mixed_float16", compile={"jit_compile": True}),
+    "float64": Mode(policy="float64"),
+    "partial_last_batch": Mode(examples=2 * helpers.BATCH + 3),
+    "gradient_accumulation": Mode(optimizer={"gradient_accumulation_steps": 2}),
+}
+
+
+@functools.cache
+def plain_fit_in_float64(fisher: str) -> list[np.ndarray]:
+    mode = Mode(optimizer={"fisher": fisher})
+    return helpers.weights(mode.run("float64", examples=2 * helpers.BATCH + 3))
+
+
+def updates(mode: Mode) -> int:
+    """How many updates of the weights the mode makes."""
+    batches = -(-mode.examples // helpers.BATCH)
+    return EPOCHS * batches // mode.optimizer.get("gradient_accumulation_steps", 1)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_every_mode_trains(mode: Mode) -> None:
+    data = helpers.images(mode.examples)
+    untrained = helpers.mean_loss(helpers.cnn(), data)
+    model = mode.run()
+    optimizer = helpers.inner(model)
+    assert helpers.mean_loss(model, data) < 0.9 * untrained
+    helpers.assert_all_finite(model)
+    assert int(model.optimizer.iterations) == updates(mode)
+    assert int(optimizer.skipped_steps) == 0
+    assert helpers.blocks(optimizer) == {"conv": "kronecker", "logits": "kronecker"}
+    assert all(np.any(factor) for factor in helpers.factors(optimizer).values())
+
+
+@pytest.mark.parametrize("mode", SAME_MATHEMATICS.values(), ids=SAME_MATHEMATICS.keys())
+def test_mode_computes_what_plain_fit_computes(mode: Mode) -> None:
+    model = mode.run("float64", examples=2 * helpers.BATCH + 3)
+    expected = plain_fit_in_float64(str(model.optimizer.fisher))
+    helpers.assert_same(helpers.weights(model), expected, rtol=1e-9, atol=1e-11)
+
+
+def traces(optimizer: keras.optimizers.Optimizer, callbacks: list[Any]) -> int:
+    CountedTraces.traces = 0
+    model = helpers.compiled(helpers.mlp(cls=CountedTraces), optimizer)
+    x, y = helpers.vectors(2 * helpers.BATCH + 3)
+    model.fit(x, y, batch_size=helpers.BATCH, epochs=4, callbacks=callbacks, verbose=0)
+    return CountedTraces.traces
+
+
+def test_training_is_traced_no_more_often_than_with_adam() -> None:
+    kfac = helpers.kfac(inverse_update_period=3)
+    with_adam = traces(keras.optimizers.Adam(), [])
+    assert 0 < traces(kfac, [helpers.KFACCallback()]) <= with_adam
+    assert int(kfac.iterations) == 12
+
+
+ACCUMULATED = {
+    "plain": {},
+    "kl_clip": {"kl_clip": 1e-4},
+    "rare_refreshes": {"factor_update_period": 2, "inverse_update_period": 3},
+    "clipnorm": {"clipnorm": 0.1, "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("kwargs", ACCUMULATED.values(), ids=ACCUMULATED.keys())
+def test_accumulating_micro_batches_equals_one_large_batch(kwargs: dict[str, Any]) -> None:
+    models = []
+    with helpers.precision("float64"):
+        for micro_steps in (1, 2):
+            optimizer = helpers.kfac(
+                fisher="exact",
+                gradient_accumulation_steps=None if micro_steps == 1 else micro_steps,
+                **kwargs,
+            )
+            model = helpers.compiled(helpers.mlp(), optimizer)
+            helpers.fit(model, helpers.vectors(64), batch_size=16 // micro_steps)
+            models.append(model)
+    once, accumulated = models
+    assert int(accumulated.optimizer.iterations) == int(once.optimizer.iterations) == 4
+    helpers.assert_same(helpers.weights(accumulated), helpers.weights(once), rtol=1e-9)
+    actual, expected = (helpers.factors(m.optimizer) for m in (accumulated, once))
+    helpers.assert_same(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_loss_scale_changes_neither_factors_nor_weights(fisher: str) -> None:
+    runs = []
+    with helpers.precision("float64"):
+        for scale in (None, 1e4):
+            model = helpers.compiled(
+                helpers.mlp(), helpers.kfac(fisher=fisher, loss_scale_factor=scale)
+            )
+            helpers.fit(model, helpers.vectors(), epochs=2)
+            runs.append((helpers.weights(model), helpers.factors(model.optimizer)))
+    for actual, expected in zip(runs[1], runs[0]):
+        helpers.assert_same(actual, expected, rtol=1e-9, atol=1e-12)
