@@ -73,7 +73,8 @@ class KFAC(RestorableOptimizer):
             momentum; `None` for none.
         fallback: Keras optimizer for the weights that no curvature block covers. It keeps its own
             learning rate, and steps whenever K-FAC does. Defaults to `keras.optimizers.Adam()`.
-        seed: Int, for sampling targets. Draws depend on it and the iteration only.
+        seed: Int, for sampling targets. Draws depend on it and the iteration (and are others
+            under `jit_compile`).
         name: Name of the optimizer.
         **kwargs: `weight_decay`, `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`,
             `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor` and
@@ -100,14 +101,14 @@ class KFAC(RestorableOptimizer):
 
     def __init__(
         self,
-        learning_rate: float | LearningRateSchedule = 0.1,
+        learning_rate: float | LearningRateSchedule = 0.03,
         damping: float | LearningRateSchedule = 0.01,
         momentum: float = 0.9,
         factor_ema_decay: float = 0.95,
         factor_update_period: int = 5,
         inverse_update_period: int = 20,
         fisher: str = "sampled",
-        kl_clip: float | None = 0.01,
+        kl_clip: float | None = 1e-4,
         fallback: keras.optimizers.Optimizer | None = None,
         seed: int = 0,
         name: str = "kfac",
@@ -124,9 +125,11 @@ class KFAC(RestorableOptimizer):
         self.kl_clip = kl_clip
         self.seed = seed
 
-        self._damping_schedule: LearningRateSchedule | None = None
+        is_schedule = isinstance(damping, LearningRateSchedule)
+        self._damping_schedule: LearningRateSchedule | None = damping if is_schedule else None
         self._damping = self.add_variable((), dtype="float64", name="damping")
-        self.damping = damping
+        if not is_schedule:
+            self._damping.assign(validation.check_damping(damping))
         self._factor_update_period = self.add_variable((), dtype="int64", name="factor_period")
         self._inverse_update_period = self.add_variable((), dtype="int64", name="inverse_period")
         self.set_update_periods(factor_update_period, inverse_update_period)
@@ -140,18 +143,20 @@ class KFAC(RestorableOptimizer):
 
     @property
     def damping(self) -> Any:
-        """The damping `λ`: a variable, or the current value of the schedule. Assignable."""
+        """The damping `λ`: a variable, to which floats can be assigned, or a schedule's value."""
         if self._damping_schedule is not None:
             return self._damping_schedule(self.iterations)
         return self._damping
 
     @damping.setter
-    def damping(self, value: float | LearningRateSchedule) -> None:
-        if isinstance(value, LearningRateSchedule):
-            self._damping_schedule = value
-            return
+    def damping(self, value: float) -> None:
+        # As for Keras's learning rate: a compiled training step would not notice the change.
+        if self._damping_schedule is not None:
+            raise TypeError(
+                "This optimizer was created with a schedule as its `damping`, which is not "
+                f"settable. Create it with a float instead. Received: damping={value!r}"
+            )
         self._damping.assign(validation.check_damping(value))
-        self._damping_schedule = None
 
     @property
     def factor_update_period(self) -> int:

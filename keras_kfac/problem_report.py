@@ -17,8 +17,8 @@ class ProblemReport:
         if skipped > self._skipped:
             warnings.warn(
                 f"K-FAC skipped {skipped - self._skipped} training steps whose gradients were not "
-                f"finite ({skipped} in all). Trained weights and factors are unharmed. Look for NaN or "
-                "infinity in the data, or lower the learning rate.",
+                f"finite ({skipped} in all). Trained weights and factors are unharmed. Look for "
+                "NaN or infinity in the data, or lower the learning rate.",
                 stacklevel=4,
             )
         self._skipped = skipped

@@ -5,8 +5,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.cases import BCE, CCE, LOSS, LOSSES, MSE, factors, mlp, one_hot, real
-from tests.cases import without_head_activation
+from tests.cases import (
+    BCE,
+    CCE,
+    LOSS,
+    LOSSES,
+    MSE,
+    factors,
+    mlp,
+    one_hot,
+    real,
+    without_head_activation,
+)
 from tests.reference import assert_close, kron, layer_block, relative_difference
 
 layers = keras.layers

@@ -5,6 +5,8 @@ pre-activations by linear maps, and the weights accordingly. Undamped K-FAC then
 same functions. The head is normal (squared loss): a softmax has a singular output factor.
 """
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -66,7 +68,7 @@ def outputs_after_training(make_optimizer, orthogonal, steps=STEPS):
     """Outputs of both networks, and how far the first one moved."""
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(300, WIDTHS[0])), rng.normal(size=(300, WIDTHS[-1]))
-    weights = [0.7 * rng.normal(size=(m + 1, n)) for m, n in zip(WIDTHS, WIDTHS[1:])]
+    weights = [0.7 * rng.normal(size=(m + 1, n)) for m, n in itertools.pairwise(WIDTHS)]
     omegas, phis = maps(orthogonal)
     start = network(weights)(x).numpy()
     results = []

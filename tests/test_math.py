@@ -219,7 +219,7 @@ class TestMovingAverage:
         values, weights, decay = RNG.normal(size=12), RNG.uniform(1, 5, size=12), 0.8
         powers = decay ** np.arange(11, -1, -1)
         expected = (powers * weights * values).sum() / (powers * weights).sum()
-        assert list(self.run(values, weights, decay))[0] == pytest.approx(values[0], rel=1e-14)
+        assert next(iter(self.run(values, weights, decay))) == pytest.approx(values[0], rel=1e-14)
         assert list(self.run(values, weights, decay))[-1] == pytest.approx(expected, rel=1e-12)
 
     def test_without_decay_it_is_the_plain_mean(self):

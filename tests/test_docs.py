@@ -1,0 +1,49 @@
+"""What README and docstrings show runs; what is public is documented."""
+
+import inspect
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import keras_kfac
+from keras_kfac.introspection.registry import ADAPTERS
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_quickstart_runs_as_printed():
+    quickstart = re.search(r"## Quickstart\n\n```python\n(.*?)```", README, re.S).group(1)
+    assert len([line for line in quickstart.splitlines() if line.strip()]) <= 15
+    result = subprocess.run(
+        [sys.executable, "-c", quickstart],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "have a curvature block" in result.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in keras_kfac.__all__ if name[0] != "_"])
+def test_public_names_are_documented(name):
+    thing = getattr(keras_kfac, name)
+    assert inspect.getdoc(thing)
+    for attribute, member in vars(thing).items():
+        if inspect.isfunction(member) and not attribute.startswith("_"):
+            assert inspect.getdoc(getattr(thing, attribute)), f"{name}.{attribute}"
+
+
+@pytest.mark.parametrize("layer", ADAPTERS, ids=lambda layer: layer.__name__)
+def test_readme_names_every_supported_layer(layer):
+    assert f"`{layer.__name__}`" in README
+
+
+@pytest.mark.parametrize("name", inspect.signature(keras_kfac.KFAC).parameters)
+def test_every_argument_is_documented(name):
+    if name != "kwargs":
+        assert re.search(rf"^\s+{name}: ", keras_kfac.KFAC.__doc__, re.M)
