@@ -74,10 +74,11 @@ def crossentropy() -> keras.losses.Loss:
 
 
 def kfac(**kwargs: Any) -> KFAC:
-    """An optimizer that renews factors and inverses at every step."""
+    """An optimizer that renews factors and inverses at every step, and steps far."""
     defaults = {
         "learning_rate": 0.1,
         "damping": 0.1,
+        "kl_clip": 1e-2,
         "factor_update_period": 1,
         "inverse_update_period": 1,
     }

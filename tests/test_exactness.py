@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_kfac.math.moving_average import weighted_average
 from tests.cases import (
     BCE,
     CCE,
@@ -200,6 +201,21 @@ class TestScale:
         for (a, g), (a_sum, g_sum) in zip(mean, total):
             assert_close(a, a_sum)
             assert_close(g, g_sum / (examples * output_positions))
+
+    @pytest.mark.parametrize("sizes", [[1] * 13, [8, 5], [4, 4, 4, 1]], ids=str)
+    def test_batch_partition(self, sizes):
+        """Identity 7: averaged by their counts, parts of a batch give the factors of the whole."""
+        model, case = mlp((4, 3, 2)), LOSS["cce-logits"]
+        x, loss = RNG.normal(size=(13, 4)), case.make()
+        for layer, whole in enumerate(factors(model, loss, x)):
+            means, total = [tf.zeros((), tf.float64)] * 2, tf.zeros((), tf.float64)
+            for part in np.split(x, np.cumsum(sizes)[:-1]):
+                count = tf.constant(len(part), tf.float64)
+                parts = factors(model, loss, part)[layer]
+                updates = [weighted_average(m, total, p, count, 1.0) for m, p in zip(means, parts)]
+                means, total = [mean for mean, _ in updates], updates[0][1]
+            for mean, expected in zip(means, whole):
+                assert_close(mean, expected)
 
     @pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
     def test_loss_weight(self, fisher):

@@ -94,7 +94,7 @@ def test_training_sees_the_same_batches_with_both_optimizers(example, curves):
     losses = []
     for optimizer in ("sgd", example.make_kfac(example.SETUPS["curves"], seed=0)):
         recorder = example.Recorder("any", images[:10], max_seconds=100, max_steps=1)
-        example.train(optimizer, (20, 5), images, recorder, batch_size=100, seed=3)
+        example.train(optimizer, example.Setup((20, 5)), images, recorder, batch_size=100, seed=3)
         losses.append(recorder.records[-1].train_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

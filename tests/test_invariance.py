@@ -153,6 +153,32 @@ def test_one_step_to_the_least_squares_solution():
     assert_close(np.vstack(model.get_weights()), solution, 1e-8)
 
 
+def test_kl_clip_acts_before_momentum():
+    """Identity 22: `(η ν)² uᵀ∇ = κ` for the new part of the step, whatever momentum adds."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 4)), rng.normal(size=(50, 2))
+    layer = keras.layers.Dense(2, dtype="float64")
+    model = keras.Sequential([keras.Input((4,), dtype="float64"), layer])
+    loss = keras.losses.MeanSquaredError(dtype="float64")
+    learning_rate, kl_clip = 0.25, 1e-3
+    optimizer = kfac(learning_rate=learning_rate, kl_clip=kl_clip, momentum=0.5)()
+    model.compile(optimizer.attach(model), loss)
+    steps = []
+    for _ in range(3):
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x))
+        gradient = tape.gradient(value, [v.value for v in model.trainable_variables])
+        before = model.get_weights()
+        model.train_on_batch(x, y)
+        steps.append([after - b for after, b in zip(model.get_weights(), before)])
+        last = steps[-2] if len(steps) > 1 else [0.0, 0.0]
+        new_part = [step - 0.5 * old for step, old in zip(steps[-1], last)]
+        product = -sum(np.sum(part * g) for part, g in zip(new_part, gradient))
+        scale = float(optimizer.kl_clip_scale.numpy())
+        assert scale < 1
+        assert learning_rate * scale * product == pytest.approx(kl_clip, rel=1e-6)
+
+
 def linear_network(widths, seed=0):
     keras.utils.set_random_seed(seed)
     return keras.Sequential(

@@ -86,6 +86,27 @@ def explicit_input_factor(x, layer):
     return total / (len(x) * out_height * out_width)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_channels_first_gives_the_same_rows(groups):
+    """Without running the convolution, which not every build of TensorFlow can on a CPU."""
+    options = {"kernel_size": (2, 3), "strides": (1, 2), "groups": groups, "padding": "same"}
+    last, first = (
+        keras.layers.Conv2D(6, data_format=data_format, dtype="float64", **options)
+        for data_format in ("channels_last", "channels_first")
+    )
+    last.build((None, 5, 7, 3))
+    first.build((None, 3, 5, 7))
+    x, y = RNG.normal(size=(2, 5, 7, 3)), RNG.normal(size=(2, 5, 4, 6))
+    adapters = [Conv2DAdapter(layer, lambda v: True) for layer in (last, first)]
+    for method, tensor in [("input_rows", x), ("output_rows", y)]:
+        transposed = np.transpose(tensor, [0, 3, 1, 2])
+        rows = [
+            getattr(adapter, method)(tf.constant(value))
+            for adapter, value in zip(adapters, (tensor, transposed))
+        ]
+        np.testing.assert_array_equal(*rows)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_grouped_rows_times_matrix_is_the_convolution(groups, use_bias):

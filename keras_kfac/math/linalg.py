@@ -29,8 +29,8 @@ def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
         to working precision: callers decide what a failure means.
 
     Example:
-    >>> spd_inverse(tf.constant([[4.0, 0.0], [0.0, 2.0]])).numpy().tolist()
-    [[0.25, 0.0], [0.0, 0.5]]
+    >>> spd_inverse(tf.constant([[4.0, 0.0], [0.0, 1.0]])).numpy().tolist()
+    [[0.25, 0.0], [0.0, 1.0]]
     """
     factor = tf.linalg.cholesky(matrix)
     identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
