@@ -364,12 +364,12 @@ def test_factors_of_two_scored_passes_are_those_of_the_sum() -> None:
     for name, factor in both.items():
         share = 0.5 if name.endswith("input_factor") else 1.0
         expected = share * (first[name] + second[name])
-        np.testing.assert_allclose(factor, expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(factor, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_passes_that_are_not_scored_do_not_count_beside_one_that_is() -> None:
     actual, expected = one_step(OneTermOfTwo), one_step(keras.Sequential)
-    helpers.assert_same(actual, expected, rtol=1e-9, atol=1e-12)
+    helpers.assert_same(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_step_without_forward_pass_is_refused() -> None:

@@ -195,6 +195,19 @@ class TestBadInput:
         assert result.stderr.splitlines()[-1].endswith("-3 is not a positive number")
 
 
+def test_mnist_from_keras_datasets(example, monkeypatch, tmp_path):
+    """End to end but for the download: uint8 images with labels, as Keras returns them."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    labels = np.zeros(40, np.uint8)
+    load_data = lambda: ((images, labels), (images[:10], labels[:10]))  # noqa: E731
+    monkeypatch.setattr(example.keras.datasets.mnist, "load_data", load_data)
+    out = tmp_path / "out"
+    example.main(
+        ["--dataset", "mnist", "--steps", "2", "--batch-size", "20", "--output-dir", str(out)]
+    )
+    assert {path.suffix for path in out.iterdir()} == {".csv", ".png"}
+
+
 class TestCurves:
     def test_same_seed_same_images(self, curves):
         first = curves.make_curves(30, seed=4)

@@ -161,7 +161,7 @@ class TestFactoredDamping:
         root = np.sqrt(damping)
         excess = np.kron(damped_a, damped_g) - np.kron(a, g) - damping * np.eye(d_in * d_out)
         expected = pi * root * np.kron(np.eye(d_in), g) + root / pi * np.kron(a, np.eye(d_out))
-        assert_close(excess, expected, 1e-9)
+        assert_close(excess, expected, 1e-10)
         assert np.linalg.eigvalsh(excess).min() > -1e-12 * np.abs(excess).max()
         moved_a, moved_g = kronecker.factored_damping(
             tf.constant(scale * a), tf.constant(g / scale), tf.constant(damping, tf.float64)
@@ -203,7 +203,7 @@ class TestPreconditioning:
         inverses = linalg.spd_inverse(tf.constant(a)), linalg.spd_inverse(tf.constant(g))
         direction = kronecker.precondition(tf.constant(gradient), *inverses)
         expected = np.linalg.solve(np.kron(a, g), gradient.ravel())
-        assert_close(np.ravel(direction), expected, 1e-9)
+        assert_close(np.ravel(direction), expected, 1e-10)
         # The other order of the factors is the wrong matrix for row-major weights.
         wrong = np.linalg.solve(np.kron(g, a), gradient.ravel())
         assert np.abs(np.ravel(direction) - wrong).max() > 1e-2 * np.abs(wrong).max()
@@ -212,7 +212,7 @@ class TestPreconditioning:
         matrix = np.stack([spd(20), spd(20)])
         inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
         np.testing.assert_array_equal(inverse, np.swapaxes(inverse, -1, -2))
-        assert_close(inverse @ matrix, np.stack([np.eye(20)] * 2), 1e-9)
+        assert_close(inverse @ matrix, np.stack([np.eye(20)] * 2), 1e-10)
 
     def test_inverse_fails_by_nan_for_the_failing_matrix_only(self):
         matrix = np.stack([spd(3), -np.eye(3), np.zeros((3, 3)), np.full((3, 3), np.nan)])
