@@ -3,6 +3,7 @@
 from keras_kfac._version import __version__
 from keras_kfac.callbacks import KFACCallback
 from keras_kfac.curvature.coverage import Coverage, CoverageRow
+from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.optimizer import KFAC
 
-__all__ = ["KFAC", "Coverage", "CoverageRow", "KFACCallback", "__version__"]
+__all__ = ["KFAC", "Coverage", "CoverageRow", "KFACCallback", "LevenbergMarquardt", "__version__"]

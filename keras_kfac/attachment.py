@@ -12,6 +12,7 @@ from keras_kfac.curvature.coverage import CoveragePlan, plan_coverage
 from keras_kfac.introspection.forward_pass import ForwardPass, is_recording, recording
 from keras_kfac.introspection.losses import ModelLoss, resolve_loss
 from keras_kfac.introspection.registry import find_adapter
+from keras_kfac.introspection.replay import Replay, is_replaying
 
 # In eager custom loops, training-mode passes that no step ever uses (Monte-Carlo dropout, say)
 # hold on to their activations; only so many of the newest are kept.
@@ -38,6 +39,7 @@ class Attachment:
         variables: Sequence[keras.Variable] | None,
         empirical: bool,
         persistent_tape: bool,
+        replays: bool,
         on_replaced: Callable[[], None],
     ) -> None:
         self.model = model
@@ -45,6 +47,7 @@ class Attachment:
         self._given_loss = loss
         self._empirical = empirical
         self._persistent_tape = persistent_tape
+        self._replays = replays
         self._on_replaced = on_replaced
         self._pending: list[ForwardPass] = []
         self._is_inference = False
@@ -90,13 +93,14 @@ class Attachment:
         self._hooked.append(name)
 
     def _recorded_call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if is_recording() or not self._is_training(args, kwargs):
+        if is_recording() or is_replaying() or not self._is_training(args, kwargs):
             return call(*args, **kwargs)
         layers = _keras_internals.flatten_layers(self.model)
         adaptable = [layer for layer in layers if find_adapter(layer)[0] is not None]
+        replay = Replay(self.model, args, kwargs) if self._replays else None
         with recording(adaptable, self._persistent_tape) as forward_pass:
             outputs = call(*args, **kwargs)
-        forward_pass.outputs = outputs
+        forward_pass.outputs, forward_pass.replay = outputs, replay
         self._pending = [p for p in self._pending if p.is_usable()][1 - _MOST_PENDING :]
         self._pending.append(forward_pass)
         return outputs

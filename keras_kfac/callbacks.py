@@ -13,9 +13,10 @@ PeriodSchedule = int | Callable[[int], int]
 class KFACCallback(keras.callbacks.Callback):
     """Attaches a `KFAC` optimizer to the model in `fit`, schedules its updates, and logs.
 
-    At the end of each epoch it adds `damping`, `kl_clip_scale` (factor that the KL clip put on the
-    last step; 1 is none) and `skipped_steps` to the logs, for the progress bar, `History`,
-    `CSVLogger` and TensorBoard, and warns of skipped steps and factors that could not be inverted.
+    At the end of each epoch it adds what `KFAC.last_step` tells of the last step, `skipped_steps`
+    and `rejected_steps` to the logs, for the progress bar, `History`, `CSVLogger` and TensorBoard.
+    It warns of skipped steps and factors that could not be inverted. Nothing is read from the
+    device in between.
 
     The optimizer stays attached after `fit`.
 
@@ -78,9 +79,9 @@ class KFACCallback(keras.callbacks.Callback):
         optimizer = self.optimizer
         optimizer.report_problems()
         if logs is not None:
-            logs["damping"] = float(keras.ops.convert_to_numpy(optimizer.damping))
-            logs["kl_clip_scale"] = float(optimizer.kl_clip_scale.numpy())
-            logs["skipped_steps"] = int(optimizer.skipped_steps.numpy())
+            logs.update({name: float(value) for name, value in optimizer.last_step().items()})
+            for name in ("skipped_steps", "rejected_steps"):
+                logs[name] = int(getattr(optimizer, name).numpy())
 
 
 def _at(schedule: PeriodSchedule | None, epoch: int, current: int) -> int:

@@ -13,13 +13,16 @@ from keras_kfac import validation
 from keras_kfac.attachment import Attachment, unattached_error
 from keras_kfac.curvature.coverage import Coverage
 from keras_kfac.curvature.model_curvature import ModelCurvature
+from keras_kfac.damping import LevenbergMarquardt
+from keras_kfac.hyperparameters import ADAPTIVE, ConfiguredOptimizer
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.math.linalg import scalar
-from keras_kfac.math.step_control import kl_clip_scale
+from keras_kfac.math.quadratic_model import QuadraticModel
+from keras_kfac.math.step_control import kl_clip_scale, reduction_ratio
 from keras_kfac.problem_report import ProblemReport
-from keras_kfac.restorable import RestorableOptimizer
+from keras_kfac.step_rule import Batch, StepRule, Tensors, all_finite, combination
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,7 @@ class _Built:
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
-class KFAC(RestorableOptimizer):
+class KFAC(ConfiguredOptimizer):
     """Natural gradient descent with Kronecker-factored approximate curvature (K-FAC).
 
     For every `Dense` and `Conv2D` layer with input rows `ā` (the 1 of the bias included) and
@@ -101,86 +104,42 @@ class KFAC(RestorableOptimizer):
 
     def __init__(
         self,
-        learning_rate: float | LearningRateSchedule = 0.03,
-        damping: float | LearningRateSchedule = 0.01,
-        momentum: float = 0.9,
+        learning_rate: float | str | LearningRateSchedule = ADAPTIVE,
+        damping: float | str | LearningRateSchedule | LevenbergMarquardt = ADAPTIVE,
+        momentum: float | str = ADAPTIVE,
         factor_ema_decay: float = 0.95,
         factor_update_period: int = 5,
         inverse_update_period: int = 20,
         fisher: str = "sampled",
-        kl_clip: float | None = 1e-4,
+        kl_clip: float | None = None,
         fallback: keras.optimizers.Optimizer | None = None,
         seed: int = 0,
         name: str = "kfac",
         **kwargs: Any,
     ) -> None:
-        fallback = validation.check_fallback(fallback)
-        super().__init__(fallback, learning_rate=learning_rate, name=name, **kwargs)
-        validation.check_unit_interval("momentum", momentum)
-        validation.check_unit_interval("factor_ema_decay", factor_ema_decay)
-        validation.check_positive("kl_clip", kl_clip)
-        self.momentum = momentum
-        self.factor_ema_decay = factor_ema_decay
-        self.fisher = validation.check_fisher(fisher)
-        self.kl_clip = kl_clip
-        self.seed = seed
-
-        is_schedule = isinstance(damping, LearningRateSchedule)
-        self._damping_schedule: LearningRateSchedule | None = damping if is_schedule else None
-        self._damping = self.add_variable((), dtype="float64", name="damping")
-        if not is_schedule:
-            self._damping.assign(validation.check_damping(damping))
-        self._factor_update_period = self.add_variable((), dtype="int64", name="factor_period")
-        self._inverse_update_period = self.add_variable((), dtype="int64", name="inverse_period")
-        self.set_update_periods(factor_update_period, inverse_update_period)
+        super().__init__(
+            learning_rate,
+            damping,
+            momentum,
+            factor_ema_decay,
+            factor_update_period,
+            inverse_update_period,
+            fisher,
+            kl_clip,
+            fallback,
+            seed,
+            name,
+            **kwargs,
+        )
         self.skipped_steps = self.add_variable((), dtype="int64", name="skipped_steps")
         self.kl_clip_scale = self.add_variable((), "ones", dtype="float64", name="kl_clip_scale")
+        self.rejected_steps = self.add_variable((), dtype="int64", name="rejected_steps")
+        self.reduction_ratio = self.add_variable((), "ones", "float64", name="reduction_ratio")
+        self.step_kl = self.add_variable((), dtype="float64", name="step_kl")
+        self._step_rule = StepRule(self.add_variable)
         self._report = ProblemReport()
         self._attachment: Attachment | None = None
         self._built: _Built | None = None
-
-    # ---- Hyperparameters ------------------------------------------------------------------------
-
-    @property
-    def damping(self) -> Any:
-        """The damping `λ`: a variable, to which floats can be assigned, or a schedule's value."""
-        if self._damping_schedule is not None:
-            return self._damping_schedule(self.iterations)
-        return self._damping
-
-    @damping.setter
-    def damping(self, value: float) -> None:
-        # As for Keras's learning rate: a compiled training step would not notice the change.
-        if self._damping_schedule is not None:
-            raise TypeError(
-                "This optimizer was created with a schedule as its `damping`, which is not "
-                f"settable. Create it with a float instead. Received: damping={value!r}"
-            )
-        self._damping.assign(validation.check_damping(value))
-
-    @property
-    def factor_update_period(self) -> int:
-        """Steps between updates of the factors."""
-        return int(self._factor_update_period.numpy())
-
-    @property
-    def inverse_update_period(self) -> int:
-        """Steps between refreshes of the inverses."""
-        return int(self._inverse_update_period.numpy())
-
-    def set_update_periods(self, factor_update_period: int, inverse_update_period: int) -> None:
-        """Changes how often factors and inverses are renewed, also in the midst of training.
-
-        Args:
-            factor_update_period: Steps, a positive int.
-            inverse_update_period: Steps, an int `>= factor_update_period`.
-
-        Raises:
-            ValueError: For anything else.
-        """
-        validation.check_periods(factor_update_period, inverse_update_period)
-        self._factor_update_period.assign(factor_update_period)
-        self._inverse_update_period.assign(inverse_update_period)
 
     # ---- Attaching ------------------------------------------------------------------------------
 
@@ -233,6 +192,7 @@ class KFAC(RestorableOptimizer):
             variables,
             empirical=self.fisher == Fisher.EMPIRICAL,
             persistent_tape=self.fisher == Fisher.EXACT,
+            replays=self.can_adapt,
             on_replaced=self.detach,
         )
         self._attachment.install()
@@ -280,7 +240,7 @@ class KFAC(RestorableOptimizer):
             )
         curvature = ModelCurvature(plan.adapters, self.model_variable)
         covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
-        if self.momentum:
+        if self._has_momentum:
             for index, variable in covered.items():
                 self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
@@ -309,17 +269,22 @@ class KFAC(RestorableOptimizer):
             if not self.built:
                 self.build(trainable_variables)
         passes = attachment.take_passes()
+        if self._damping_rule is not None:
+            for forward_pass in passes:
+                forward_pass.single_target()  # Raises if unknown, now and not at some later step.
         built = self._build_curvature(passes)
         loss = attachment.loss()
 
         def step() -> None:
             self._update_factors(built.curvature, passes, loss)
+            variables = trainable_variables or self._trainable_variables
+            self._batch = Batch(passes, loss, self._unscaled(grads, variables))
             super(KFAC, self).apply(grads, trainable_variables)
 
         def skip() -> None:
             self.skipped_steps.assign_add(1)
 
-        ops.cond(_all_finite(grads), step, skip)
+        ops.cond(all_finite(grads), step, skip)
 
     def _update_factors(
         self, curvature: ModelCurvature, passes: Sequence[ForwardPass], loss: ModelLoss
@@ -336,48 +301,144 @@ class KFAC(RestorableOptimizer):
         due = tf.equal(self.iterations % tf.convert_to_tensor(self._factor_update_period), 0)
         ops.cond(due, update, lambda: None)
 
+    def _unscaled(
+        self, grads: Sequence[Any], variables: Sequence[keras.Variable]
+    ) -> dict[int, tf.Tensor]:
+        scale = self.loss_scale_factor or 1.0
+        covered = {self._get_variable_index(v): g for g, v in zip(grads, variables)}
+        return {
+            id(variable): tf.convert_to_tensor(covered[index]) / scale
+            for index, variable in self._built.covered.items()
+            if covered.get(index) is not None
+        }
+
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
         if self._built is None:  # `apply` builds it; nothing else calls this method.
             raise unattached_error()
-        curvature, covered = self._built.curvature, self._built.covered
         due = tf.equal(self.iterations % tf.convert_to_tensor(self._inverse_update_period), 0)
-        ops.cond(due, lambda: curvature.refresh(self.damping), lambda: None)
+        ops.cond(due, self._refresh, lambda: None)
 
         gradients, others = {}, []
         for gradient, variable in zip(grads, trainable_variables):
             index = self._get_variable_index(variable)
-            if index in covered:
-                gradients[id(covered[index])] = tf.convert_to_tensor(gradient)
+            if index in self._built.covered:
+                gradients[id(self._built.covered[index])] = tf.convert_to_tensor(gradient)
             else:
                 others.append((gradient, variable))
-        if gradients:
-            directions, product = curvature.precondition(gradients)
-            if self.kl_clip is not None:
-                scale = kl_clip_scale(product, learning_rate, self.kl_clip)
-                self.kl_clip_scale.assign(scale)
-                directions = {
-                    key: direction * tf.cast(scale, direction.dtype)
-                    for key, direction in directions.items()
-                }
-            stepped = [v for v in covered.values() if id(v) in directions]
-            super()._backend_update_step(
-                [directions[id(v)] for v in stepped], stepped, learning_rate
-            )
-        if others:
-            self.fallback.apply(*zip(*others))
+        steps, accepted = self._covered_steps(gradients, learning_rate)
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Momentum step along a direction that is already preconditioned and clipped."""
-        step = -scalar(learning_rate, variable.dtype) * tf.cast(gradient, variable.dtype)
-        if self.momentum:
-            velocity = self.model_variables[f"velocity.{self._get_variable_index(variable)}"]
-            step += scalar(self.momentum, variable.dtype) * velocity
-            self.assign(velocity, step)
-        self.assign_add(variable, step)
+        def step() -> None:
+            super(KFAC, self)._apply_weight_decay(trainable_variables)
+            for index, variable in self._built.covered.items():
+                if id(variable) in steps:
+                    self._take(index, variable, steps[id(variable)])
+            if others:
+                self.fallback.apply(*zip(*others))
+
+        ops.cond(accepted, step, lambda: None)
+
+    def _take(self, index: int, variable: keras.Variable, step: tf.Tensor) -> None:
+        if self._has_momentum:
+            self.model_variables[f"velocity.{index}"].assign(step)
+        variable.assign_add(step)
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        """Comes with the step: decoupled decay is no part of the model of the step."""
+
+    def _refresh(self) -> None:
+        curvature = self._built.curvature
+        if self._damping_rule is not None:
+            start = self._damping_rule.start(curvature.mean_eigenvalue())
+            is_first = tf.equal(self.iterations, 0) & self._adapts_damping.value
+            self._damping.assign(tf.where(is_first, scalar(start, "float64"), self._damping.value))
+        curvature.refresh(self.damping)
+
+    def _covered_steps(self, gradients: Tensors, learning_rate: Any) -> tuple[Tensors, tf.Tensor]:
+        """The steps of the covered variables, and whether they are to be taken."""
+        accepted = tf.constant(True)
+        if not gradients:
+            return {}, accepted
+        directions, product = self._built.curvature.precondition(gradients)
+        directions = {key: -direction for key, direction in directions.items()}
+        covered = [(i, v) for i, v in self._built.covered.items() if id(v) in directions]
+        previous = {
+            id(v): tf.convert_to_tensor(self.model_variables[f"velocity.{i}"])
+            if self._has_momentum
+            else tf.zeros_like(directions[id(v)])
+            for i, v in covered
+        }
+        variables, model = [v for _, v in covered], None
+        if self.can_adapt:
+            model = self._batch.quadratic_model(variables, [directions, previous])
+        coefficients = self._coefficients(model, product, learning_rate)
+        steps = {k: combination(coefficients, d, previous[k]) for k, d in directions.items()}
+        if model is not None and self._damping_rule is not None:
+            accepted = self._adapt_damping(model.change(coefficients), variables, steps)
+        return steps, accepted
+
+    def _coefficients(
+        self, model: QuadraticModel | None, product: tf.Tensor, learning_rate: Any
+    ) -> tf.Tensor:
+        """Learning rate and momentum of this step, KL clip included."""
+        fixed = (scalar(learning_rate, "float64"), self._momentum.value)
+        coefficients = tf.stack(fixed)
+        if model is not None:
+            damping = scalar(self.damping, "float64")
+            is_free = (self._adapts_learning_rate.value, self._adapts_momentum.value)
+            coefficients = self._step_rule.choose(model, damping, fixed, is_free)
+            if self._can_adapt_learning_rate:
+                self._learning_rate.assign(tf.cast(coefficients[0], self._learning_rate.dtype))
+            self._momentum.assign(coefficients[1])
+        if self.kl_clip is not None:
+            clip = tf.cast(kl_clip_scale(product, coefficients[0], self.kl_clip), "float64")
+            self.kl_clip_scale.assign(clip)
+            coefficients *= tf.stack([clip, tf.ones_like(clip)])
+        if model is not None:
+            self._step_rule.share.remember(model, coefficients)
+            self.step_kl.assign(model.kl(coefficients))
+        return coefficients
+
+    def _adapt_damping(
+        self, predicted: tf.Tensor, variables: Sequence[keras.Variable], steps: Tensors
+    ) -> tf.Tensor:
+        """Adapts the damping if it is time to; returns whether the step is accepted."""
+        rule, batch = self._damping_rule, self._batch
+
+        def adapt() -> tf.Tensor:
+            change = batch.loss_change(variables, steps)
+            ratio = reduction_ratio(change, predicted)
+            scale = self._built.curvature.mean_eigenvalue()
+            self.reduction_ratio.assign(ratio)
+            self._damping.assign(rule.next(self._damping.value, ratio, scale))
+            accepted = rule.accepts(change)
+            self.rejected_steps.assign_add(tf.where(accepted, 0, 1))
+            return accepted
+
+        due = tf.equal((self.iterations + 1) % rule.period, 0) & self._adapts_damping.value
+        return ops.cond(due, adapt, lambda: tf.constant(True))
+
+    @property
+    def signal_share(self) -> keras.Variable:
+        """Share of a step's promised slope that the next batch confirms, in (0, 1]: low is noise."""
+        return self._step_rule.share.value
 
     # ---- Reports --------------------------------------------------------------------------------
+
+    def last_step(self) -> dict[str, float]:
+        """What the last step was like.
+
+        Returns:
+            `learning_rate`, `momentum` and `damping`; `kl_clip_scale`, the factor that the KL clip
+            put on the step (1 is none); if anything adapts itself also `step_kl`, the KL divergence
+            of the step in units of the loss, `signal_share`, and `reduction_ratio`, which the
+            damping follows (both near 1 if the loss does as the quadratic model says).
+        """
+        names = ["learning_rate", "momentum", "damping", "kl_clip_scale"]
+        if self.can_adapt:
+            names += ["step_kl", "signal_share", "reduction_ratio"]
+        return {name: float(ops.convert_to_numpy(getattr(self, name))) for name in names}
 
     def report_problems(self) -> None:
         """Warns of steps skipped and of factors not inverted since the last report.
@@ -392,39 +453,3 @@ class KFAC(RestorableOptimizer):
         """Hook of Keras at the end of `fit`."""
         super().finalize_variable_values(var_list)
         self.report_problems()
-
-    def get_config(self) -> dict[str, Any]:
-        """Arguments to create the same optimizer again, without its state."""
-        damping = self._damping_schedule
-        return {
-            **super().get_config(),
-            "damping": float(self._damping.numpy())
-            if damping is None
-            else keras.optimizers.schedules.serialize(damping),
-            "momentum": self.momentum,
-            "factor_ema_decay": self.factor_ema_decay,
-            "factor_update_period": self.factor_update_period,
-            "inverse_update_period": self.inverse_update_period,
-            "fisher": str(self.fisher),
-            "kl_clip": self.kl_clip,
-            "fallback": keras.optimizers.serialize(self.fallback),
-            "seed": self.seed,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """Creates an optimizer from the result of `get_config`."""
-        config = dict(config)
-        for name in ("damping", "fallback"):
-            if isinstance(config.get(name), dict):
-                config[name] = keras.saving.deserialize_keras_object(
-                    config[name], custom_objects=custom_objects
-                )
-        return super().from_config(config, custom_objects=custom_objects)
-
-
-def _all_finite(gradients: Sequence[Any]) -> tf.Tensor:
-    values = [
-        g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None
-    ]
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])

@@ -11,10 +11,11 @@ import tensorflow as tf
 from keras_kfac.introspection.statistics import Fisher
 
 
-def check_unit_interval(name: str, value: float) -> None:
+def check_unit_interval(name: str, value: Any) -> float:
     """Checks a number in [0, 1)."""
     if not isinstance(value, numbers.Real) or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
+    return float(value)
 
 
 def check_positive(name: str, value: float | None) -> None:
@@ -41,18 +42,35 @@ def check_damping(value: Any) -> float:
 
 def check_periods(factor_update_period: int, inverse_update_period: int) -> None:
     """Checks positive ints, the first not above the second."""
-    for name, value in (
-        ("factor_update_period", factor_update_period),
-        ("inverse_update_period", inverse_update_period),
-    ):
-        if not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+    check_positive_int("factor_update_period", factor_update_period)
+    check_positive_int("inverse_update_period", inverse_update_period)
     if inverse_update_period < factor_update_period:
         raise ValueError(
             "Refreshing inverses more often than their factors change is wasted work: "
             "`inverse_update_period` must be at least `factor_update_period`. Received: "
             f"inverse_update_period={inverse_update_period}, "
             f"factor_update_period={factor_update_period}"
+        )
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Checks an int that is at least 1."""
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+
+
+def check_damping_bounds(
+    initial: float | None, minimum: float | None, maximum: float | None
+) -> None:
+    """Checks positive numbers in order, each of which may be missing."""
+    given = {"minimum": minimum, "initial": initial, "maximum": maximum}
+    for name, value in given.items():
+        check_positive(name, value)
+    present = [value for value in given.values() if value is not None]
+    if present != sorted(present):
+        raise ValueError(
+            "The damping must start between its floor and its ceiling: minimum <= initial <= "
+            f"maximum. Received: {', '.join(f'{n}={v!r}' for n, v in given.items())}"
         )
 
 

@@ -74,15 +74,22 @@ def crossentropy() -> keras.losses.Loss:
 
 
 def kfac(**kwargs: Any) -> KFAC:
-    """An optimizer that renews factors and inverses at every step, and steps far."""
+    """An optimizer that renews factors and inverses at every step, and steps far.
+
+    Nothing adapts itself unless asked to.
+    """
     defaults = {
         "learning_rate": 0.1,
         "damping": 0.1,
+        "momentum": 0.9,
         "kl_clip": 1e-2,
         "factor_update_period": 1,
         "inverse_update_period": 1,
     }
     return KFAC(**{**defaults, **kwargs})
+
+
+ADAPTIVE = {"learning_rate": "adaptive", "momentum": "adaptive", "damping": "adaptive"}
 
 
 def compiled(
@@ -122,12 +129,15 @@ def train_on_batches(model: keras.Model, data: Data, epochs: int = 1, size: int 
             model.train_on_batch(x, y)
 
 
-def tape_step(model: keras.Model, loss: keras.losses.Loss, optimizer: Any) -> Callable[..., Any]:
-    """One step of a custom loop."""
+def tape_step(model: keras.Model, loss: Any, optimizer: Any) -> Callable[..., Any]:
+    """One step of a custom loop, with the model's `compute_loss` if `loss` is `None`."""
 
     def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            value = loss(y, model(x, training=True))
+            if loss is None:
+                value = model.compute_loss(x, y, model(x, training=True))
+            else:
+                value = loss(y, model(x, training=True))
         gradients = tape.gradient(value, model.trainable_variables)
         optimizer.apply_gradients(zip(gradients, model.trainable_variables))
         return value
@@ -135,10 +145,16 @@ def tape_step(model: keras.Model, loss: keras.losses.Loss, optimizer: Any) -> Ca
     return step
 
 
-def tape_loop(model: keras.Model, data: Data, epochs: int = 1, graph: bool = False) -> None:
+def tape_loop(
+    model: keras.Model,
+    data: Data,
+    epochs: int = 1,
+    graph: bool = False,
+    compute_loss: bool = False,
+) -> None:
     """Trains by a custom loop."""
     inner(model).attach(model)
-    step = tape_step(model, model.loss, model.optimizer)
+    step = tape_step(model, None if compute_loss else model.loss, model.optimizer)
     step = tf.function(step, reduce_retracing=True) if graph else step
     for _ in range(epochs):
         for x, y in batches(data):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfac import KFAC, KFACCallback
+from keras_kfac import KFAC, KFACCallback, LevenbergMarquardt
 from tests import helpers
 
 SAVED, END = 5, 9  # A step that divides neither period, and the last one.
@@ -45,7 +45,7 @@ CHANGED = {
     "factor_update_period": 3,
     "inverse_update_period": 7,
     "fisher": "exact",
-    "kl_clip": None,
+    "kl_clip": 0.01,
     "fallback": OwnSGD(0.2, momentum=0.7),
     "seed": 11,
     "name": "other",
@@ -63,6 +63,9 @@ CONFIGS = {
     "clipvalue": {"clipvalue": 0.5},
     "global_clipnorm": {"global_clipnorm": 0.5},
     "defaults": {},
+    "own_damping_rule": {
+        "damping": LevenbergMarquardt(1.0, 0.1, 9.0, decay=0.9, period=2, reject=True)
+    },
 }
 ROUND_TRIPS: dict[str, Callable[[KFAC], KFAC]] = {
     "from_config": lambda optimizer: KFAC.from_config(optimizer.get_config()),
@@ -121,6 +124,7 @@ VARIANTS: dict[str, tuple[Callable[[], keras.Model], dict[str, Any], str]] = {
     "batch_normalization": (helpers.mlp_with_batch_normalization, {}, "float32"),
     "use_ema": (helpers.mlp, {"use_ema": True, "ema_overwrite_frequency": 2}, "float32"),
     "schedules": (helpers.mlp, {"learning_rate": decay(), "damping": decay(0.5)}, "float32"),
+    "adaptive": (helpers.mlp_with_batch_normalization, helpers.ADAPTIVE, "float32"),
     "mixed_bfloat16": (helpers.mlp, {}, "mixed_bfloat16"),
     "mixed_float16": (helpers.mlp_with_batch_normalization, {}, "mixed_float16"),
     "float64": (helpers.mlp, {}, "float64"),

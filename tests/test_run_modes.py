@@ -80,9 +80,27 @@ SAME_MATHEMATICS = {
     "custom_loop_in_graph": Mode(functools.partial(helpers.tape_loop, graph=True)),
     "train_on_batch": Mode(helpers.train_on_batches),
 }
+ADAPTIVE = {
+    "adaptive": Mode(optimizer=helpers.ADAPTIVE),
+    "adaptive_eager": Mode(compile={"run_eagerly": True}, optimizer=helpers.ADAPTIVE),
+    "adaptive_steps_per_execution": Mode(
+        compile={"steps_per_execution": 4}, optimizer=helpers.ADAPTIVE
+    ),
+    "adaptive_custom_loop": Mode(
+        functools.partial(helpers.tape_loop, graph=True, compute_loss=True),
+        optimizer=helpers.ADAPTIVE,
+    ),
+    "adaptive_jit": Mode(
+        compile={"jit_compile": True}, optimizer={**helpers.ADAPTIVE, "fisher": "exact"}
+    ),
+}
 MODES = {
     "fit": Mode(),
     **SAME_MATHEMATICS,
+    **ADAPTIVE,
+    "adaptive_mixed_float16": Mode(policy="mixed_float16", optimizer=helpers.ADAPTIVE),
+    "adaptive_mixed_bfloat16": Mode(policy="mixed_bfloat16", optimizer=helpers.ADAPTIVE),
+    "adaptive_accumulation": Mode(optimizer={**helpers.ADAPTIVE, "gradient_accumulation_steps": 2}),
     "mixed_bfloat16": Mode(policy="mixed_bfloat16"),
     "mixed_float16": Mode(policy="mixed_float16"),
     "mixed_float16_jit": Mode(policy="mixed_float16", compile={"jit_compile": True}),
@@ -123,6 +141,20 @@ def test_mode_computes_what_plain_fit_computes(mode: Mode) -> None:
     model = mode.run("float64", examples=2 * helpers.BATCH + 3)
     expected = plain_fit_in_float64(str(model.optimizer.fisher))
     helpers.assert_same(helpers.weights(model), expected, rtol=1e-10, atol=1e-11)
+
+
+@functools.cache
+def adaptive_fit_in_float64(fisher: str) -> list[np.ndarray]:
+    mode = Mode(optimizer={**helpers.ADAPTIVE, "fisher": fisher})
+    return helpers.weights(mode.run("float64", examples=2 * helpers.BATCH + 3))
+
+
+@pytest.mark.parametrize("mode", ADAPTIVE.values(), ids=ADAPTIVE.keys())
+def test_adaptive_steps_are_the_same_in_every_mode(mode: Mode) -> None:
+    model = mode.run("float64", examples=2 * helpers.BATCH + 3)
+    expected = adaptive_fit_in_float64(str(model.optimizer.fisher))
+    helpers.assert_same(helpers.weights(model), expected, rtol=1e-8, atol=1e-10)
+    assert float(model.optimizer.learning_rate) > 0
 
 
 def conv_run(data_format: str, groups: int) -> keras.Model:
@@ -224,7 +256,6 @@ def test_loss_scale_changes_neither_factors_nor_weights(fisher: str) -> None:
             runs.append((helpers.weights(model), helpers.factors(model.optimizer)))
     for actual, expected in zip(runs[1], runs[0]):
         helpers.assert_same(actual, expected, rtol=1e-10, atol=1e-12)
-
 
 
 def scaled_run(fisher: str, scales: list[float], overflow_at: int | None = None) -> keras.Model:

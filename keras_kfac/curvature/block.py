@@ -5,6 +5,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from keras_kfac.curvature.regularization import l2_coefficient
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
 from keras_kfac.math import kronecker, linalg
@@ -32,6 +33,7 @@ class KroneckerBlock:
 
     def __init__(self, adapter: LayerAdapter, add_variable: AddVariable) -> None:
         self.adapter = adapter
+        self._l2 = l2_coefficient(adapter.variables[0])
         leading = () if adapter.groups is None else (adapter.groups,)
         dtype = adapter.variables[0].dtype
         d_in, d_out = adapter.dims
@@ -64,8 +66,24 @@ class KroneckerBlock:
             variable.assign(tf.where(finite, average, old))
         self.weight.assign(tf.where(finite, new_weight, weight))
 
+    @property
+    def size(self) -> int:
+        """Number of weights of the block."""
+        d_in, d_out = self.adapter.dims
+        return d_in * d_out * (self.adapter.groups or 1)
+
+    def trace(self) -> tf.Tensor:
+        """Trace of `A ⊗ G`, undamped."""
+        traces = [
+            tf.linalg.trace(tf.convert_to_tensor(factor))
+            for factor in (self.input_factor, self.output_factor)
+        ]
+        return tf.reduce_sum(traces[0] * traces[1])
+
     def refresh(self, damping: tf.Tensor) -> None:
         """Inverts the damped factors; keeps the previous inverses where that fails."""
+        # The curvature of the regulariser of the kernel, the bulk of the weights.
+        damping = linalg.scalar(damping, self.input_factor.dtype) + self._l2
         damped = kronecker.factored_damping(
             tf.convert_to_tensor(self.input_factor),
             tf.convert_to_tensor(self.output_factor),

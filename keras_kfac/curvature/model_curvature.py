@@ -81,6 +81,11 @@ class ModelCurvature:
             inner_product += tf.cast(product, self._dtype)
         return directions, inner_product
 
+    def mean_eigenvalue(self) -> tf.Tensor:
+        """Mean eigenvalue of the approximate Fisher matrix, undamped."""
+        trace = tf.add_n([tf.cast(block.trace(), self._dtype) for block in self.blocks])
+        return trace / sum(block.size for block in self.blocks)
+
     def failed_refreshes(self) -> dict[str, int]:
         """Layers whose damped factors could not be inverted, and how often."""
         counts = {b.adapter.layer.name: int(b.failed_refreshes.numpy()) for b in self.blocks}

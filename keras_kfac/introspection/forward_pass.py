@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals
+from keras_kfac.introspection.replay import Replay
 
 
 class LayerCall(NamedTuple):
@@ -33,6 +34,7 @@ class ForwardPass:
         outputs: What the model returned.
         sample_weight: The weights given to `compute_loss`, if any.
         scored: Whether `compute_loss` has seen the outputs.
+        replay: Runs the same forward pass again.
     """
 
     def __init__(self, persistent: bool) -> None:
@@ -42,12 +44,29 @@ class ForwardPass:
         self.sample_weight: Any = None
         self.targets: Any = None
         self.scored = False
+        self.replay: Replay | None = None
         self.tape = tf.GradientTape(persistent=persistent, watch_accessed_variables=False)
         self._graph = _keras_internals.current_graph()
 
     def is_usable(self) -> bool:
         """Whether the recorded tensors belong to the computation under way."""
         return _keras_internals.is_within(self._graph)
+
+    def single_target(self) -> Any:
+        """The targets of the model's one output.
+
+        Raises:
+            RuntimeError: If `compute_loss` has not seen them.
+        """
+        if not self.scored:
+            raise RuntimeError(
+                "The empirical Fisher and adaptive damping need the training targets, which K-FAC "
+                "sees in `model.compute_loss` only. In a custom training loop compute the loss by "
+                "`model.compute_loss(x, y, y_pred, sample_weight)`, or use fisher='sampled' and a "
+                "float as `damping`."
+            )
+        (targets,) = tf.nest.flatten(self.targets)
+        return targets
 
     def add_call(self, layer: keras.Layer, inputs: tf.Tensor, pre_activation: tf.Tensor) -> None:
         """Notes a call of `layer`."""

@@ -107,7 +107,11 @@ class ModelLoss:
             ValueError: If the likelihood is unknown.
         """
         if self.likelihood is None:
-            raise ValueError(f"Unknown likelihood. Received: loss={self.loss!r}")
+            raise ValueError(
+                "K-FAC knows no predictive distribution for this loss, so it can't model a step to "
+                "adapt it. Give numbers as `learning_rate`, `momentum` and `damping`. "
+                f"Received: loss={self.loss!r}"
+            )
         if self.likelihood.family is Family.NORMAL:
             return outputs, self.likelihood
         logits = _keras_internals.loss_logits(outputs)
@@ -116,6 +120,12 @@ class ModelLoss:
         if logits is None or not (self.likelihood.from_probabilities or is_seen):
             return outputs, self.likelihood
         return logits, dataclasses.replace(self.likelihood, from_probabilities=False)
+
+    def natural_outputs(self, outputs: Any) -> tf.Tensor:
+        """The natural outputs of the model's one output."""
+        (output,) = tf.nest.flatten(outputs)
+        differentiable, likelihood = self.differentiable_outputs(output)
+        return likelihood.natural(differentiable)
 
 
 def resolve_loss(loss: Any, loss_weight: float, empirical: bool) -> ModelLoss:

@@ -216,13 +216,7 @@ def _empirical(
     With the loss `Σ c_p ℓ_p` and `ℓ_p = -w log r`, the matrix is `Σ c_p / w ∇ℓ_p ∇ℓ_pᵀ`.
     """
     forward_pass = item.forward_pass
-    if not forward_pass.scored:
-        raise RuntimeError(
-            "The empirical Fisher needs the training targets, which K-FAC sees in "
-            "`model.compute_loss` only. In a custom training loop compute the loss by "
-            "`model.compute_loss(x, y, y_pred, sample_weight)`, or use fisher='sampled'."
-        )
-    (targets,) = tf.nest.flatten(forward_pass.targets)
+    targets = forward_pass.single_target()
     weight = loss.likelihood_weight(item.outputs)
     with forward_pass.tape:
         values = loss.values(targets, item.outputs)

@@ -122,3 +122,31 @@ class Likelihood:
             column = tf.broadcast_to(unit, tf.shape(natural))
         column = column * scalar(self.weight(width) ** 0.5, natural.dtype)
         return tape.gradient(natural, outputs, output_gradients=column)
+
+    def curvature_product(self, natural: tf.Tensor, u: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+        """`uᵀ (w F) v` for directions `u` and `v` in the space of natural outputs.
+
+        Args:
+            natural: Natural outputs, `[..., width]`.
+            u: A direction for each position, `[..., width]`.
+            v: Another.
+
+        Returns:
+            Tensor `[...]`.
+
+        Example:
+        >>> bernoulli = Likelihood(Family.BERNOULLI)
+        >>> one = tf.ones([1, 2])
+        >>> bernoulli.curvature_product(tf.zeros([1, 2]), one, one).numpy().tolist()  # Σ p (1 - p)
+        [0.5]
+        """
+        if self.family is Family.CATEGORICAL:
+            probabilities = tf.nn.softmax(natural)
+            u_mean = tf.reduce_sum(probabilities * u, axis=-1, keepdims=True)
+            product = tf.reduce_sum(probabilities * (u - u_mean) * v, axis=-1)
+        elif self.family is Family.BERNOULLI:
+            variances = tf.sigmoid(natural) * tf.sigmoid(-natural)
+            product = tf.reduce_sum(variances * u * v, axis=-1)
+        else:
+            product = tf.reduce_sum(u * v, axis=-1)
+        return product * scalar(self.weight(natural.shape[-1]), product.dtype)

@@ -33,3 +33,48 @@ def kl_clip_scale(inner_product: tf.Tensor, learning_rate: tf.Tensor, kl_clip: f
     longer = squared_length > bound
     safe = tf.where(longer, squared_length, bound)
     return tf.sqrt(bound / safe)
+
+
+def levenberg_marquardt(
+    damping: tf.Tensor, ratio: tf.Tensor, decay: float, minimum: tf.Tensor, maximum: tf.Tensor
+) -> tf.Tensor:
+    """The damping for the next steps, given how well the quadratic model predicted this one.
+
+    Args:
+        damping: `λ`, scalar.
+        ratio: Change of the loss over the change that the model predicted; NaN if either is.
+        decay: Factor in (0, 1) by which the damping falls, or rises by its inverse.
+        minimum: Floor of the damping.
+        maximum: Its ceiling.
+
+    Returns:
+        `decay * λ` if the ratio is above ¾, `λ / decay` if it is below ¼ or NaN, else `λ`; within
+        the bounds.
+
+    Source: Martens & Grosse (2015), section 6.5; Moré (1978).
+
+    Example:
+    >>> float(levenberg_marquardt(tf.constant(8.0), tf.constant(0.9), 0.5, 1e-3, 1e3))
+    4.0
+    """
+    good = ratio > 0.75
+    fair = ratio >= 0.25
+    decay = scalar(decay, damping.dtype)
+    changed = tf.where(good, damping * decay, tf.where(fair, damping, damping / decay))
+    bounds = (scalar(bound, damping.dtype) for bound in (minimum, maximum))
+    return tf.clip_by_value(changed, *bounds)
+
+
+def reduction_ratio(change: tf.Tensor, predicted: tf.Tensor) -> tf.Tensor:
+    """The change of the loss over the predicted change, for Levenberg-Marquardt.
+
+    Args:
+        change: Change of the loss in a step.
+        predicted: The change that the quadratic model predicted.
+
+    Returns:
+        Their ratio; NaN where the model predicted no decrease, for the ratio says nothing then.
+    """
+    expected = predicted < 0
+    safe = tf.where(expected, predicted, -1)
+    return tf.where(expected, change / safe, scalar(float("nan"), change.dtype))

@@ -1,0 +1,89 @@
+"""Exact Gauss-Newton products and changes of the loss, from replayed forward passes."""
+
+import itertools
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import ModelLoss, single_output
+from keras_kfac.introspection.replay import Weights, tangents
+from keras_kfac.math.linalg import scalar
+
+# Sums over a batch, and differences of losses, need more digits than the terms have.
+_SUM = tf.float64
+
+
+def products(
+    passes: Sequence[ForwardPass],
+    loss: ModelLoss,
+    weights: Weights,
+    directions: Sequence[Weights],
+    batch_fraction: float = 1.0,
+) -> tf.Tensor:
+    """Products `dᵢᵀ C dⱼ` in the generalised Gauss-Newton matrix `C` of the batch's loss.
+
+    `C` is the Fisher matrix of the model, scaled for the loss as it is. No matrix is formed: one
+    forward-mode derivative of the outputs for each direction.
+
+    Args:
+        passes: Forward passes that make up the loss.
+        loss: The loss.
+        weights: Weights to differentiate by, with their values.
+        directions: Directions in the space of these weights.
+        batch_fraction: In (0, 1]: take `C` on the first part of the batch only.
+
+    Returns:
+        Float64 tensor `[len(directions), len(directions)]`, symmetric.
+
+    Source: Schraudolph (2002), section 3; Martens & Grosse (2015), section 6.4 and appendix C.
+    """
+    size = len(directions)
+    entries = {pair: tf.zeros((), _SUM) for pair in _pairs(size)}
+    for forward_pass in passes:
+        outputs = single_output(forward_pass)
+        coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
+        examples, coefficients = _part(coefficients, batch_fraction)
+        natural, vectors = tangents(
+            forward_pass.replay, weights, directions, loss.natural_outputs, examples
+        )
+        for i, j in entries:
+            product = loss.likelihood.curvature_product(natural, vectors[i], vectors[j])
+            entries[i, j] += tf.reduce_sum(tf.cast(product, _SUM) * coefficients)
+    return tf.stack([[entries[min(i, j), max(i, j)] for j in range(size)] for i in range(size)])
+
+
+def _pairs(size: int) -> list[tuple[int, int]]:
+    return list(itertools.combinations_with_replacement(range(size), 2))
+
+
+def _part(
+    coefficients: tf.Tensor, batch_fraction: float
+) -> tuple[tf.Tensor | int | None, tf.Tensor]:
+    """The number of examples to use, and their coefficients made to stand for the whole batch."""
+    coefficients = tf.cast(coefficients, _SUM)
+    if batch_fraction == 1:
+        return None, coefficients
+    batch = tf.cast(tf.shape(coefficients)[0], _SUM)
+    examples = tf.cast(tf.math.ceil(batch * scalar(batch_fraction, _SUM)), tf.int32)
+    part = coefficients[:examples]
+    return examples, part * tf.math.divide_no_nan(tf.reduce_sum(coefficients), tf.reduce_sum(part))
+
+
+def loss_change(passes: Sequence[ForwardPass], loss: ModelLoss, weights: Weights) -> tf.Tensor:
+    """What the batch's loss changes by if some weights take other values; float64 scalar.
+
+    Only the loss of the targets counts; regularisers are the caller's.
+
+    Raises:
+        RuntimeError: If the targets are not known.
+    """
+    change = tf.zeros((), _SUM)
+    for forward_pass in passes:
+        before = single_output(forward_pass)
+        after = tf.nest.flatten(forward_pass.replay.outputs(weights))[0]
+        coefficients = tf.cast(loss.coefficients(before, forward_pass.sample_weight), _SUM)
+        targets = forward_pass.single_target()
+        difference = loss.values(targets, after) - loss.values(targets, before)
+        change += tf.reduce_sum(coefficients * tf.cast(difference, _SUM))
+    return change

@@ -1,0 +1,113 @@
+"""A training forward pass, run again: for other weights, or for a part of its batch.
+
+A replay draws the random numbers of the original pass and leaves no trace: dropout masks are the
+same, batch normalisation keeps its moving statistics, seeds stay where they are. It works on
+tensors in place of the weights, so that weights can be tried before they are assigned.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Weights = Mapping[int, tf.Tensor]
+"""Values by `id` of the variable."""
+
+
+class _Replaying(threading.local):
+    active = False
+
+
+_replaying = _Replaying()
+
+
+def is_replaying() -> bool:
+    """Whether a forward pass is being replayed on this thread."""
+    return _replaying.active
+
+
+class Replay:
+    """What it takes to run a forward pass again; to be created just *before* the pass.
+
+    Args:
+        model: The model.
+        args: What its `call` was given.
+        kwargs: Likewise.
+    """
+
+    def __init__(self, model: keras.Model, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self._model = model
+        self._args = args
+        self._kwargs = kwargs
+        self._states = [(v, tf.convert_to_tensor(v.value)) for v in model.non_trainable_variables]
+
+    @property
+    def batch_size(self) -> tf.Tensor:
+        """Number of examples."""
+        return tf.shape(_tensors((self._args, self._kwargs))[0])[0]
+
+    def outputs(self, weights: Weights, examples: tf.Tensor | int | None = None) -> Any:
+        """What the model returns in training mode.
+
+        Args:
+            weights: Values for some of the trainable variables; the others keep theirs.
+            examples: Use the first so many examples of the batch only; all if `None`.
+        """
+        args, kwargs = self._args, {**self._kwargs, "training": True}
+        if examples is not None:
+            args, kwargs = _first(examples, (args, kwargs))
+        trained = [(v, weights[id(v)]) for v in self._model.trainable_variables if id(v) in weights]
+        _replaying.active = True
+        try:
+            # Losses that layers add are collected by the scope, or they would end up in the model.
+            with keras.StatelessScope(state_mapping=self._states + trained, collect_losses=True):
+                return self._model(*args, **kwargs)
+        finally:
+            _replaying.active = False
+
+
+def _tensors(structure: Any) -> list[tf.Tensor]:
+    return [x for x in tf.nest.flatten(structure) if tf.is_tensor(x) and x.shape.rank != 0]
+
+
+def _first(examples: tf.Tensor | int, structure: Any) -> Any:
+    """The first examples of all tensors with a batch axis: that of the first tensor."""
+    batch = _tensors(structure)[0].shape[:1]
+
+    def cut(x: Any) -> Any:
+        is_batch = tf.is_tensor(x) and x.shape.rank != 0 and x.shape[:1].is_compatible_with(batch)
+        return x[:examples] if is_batch else x
+
+    return tf.nest.map_structure(cut, structure)
+
+
+def tangents(
+    replay: Replay,
+    primals: Weights,
+    directions: Sequence[Weights],
+    natural_outputs: Any,
+    examples: tf.Tensor | int | None,
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """Derivatives of the natural outputs along directions in weight space, in forward mode.
+
+    Args:
+        replay: The forward pass.
+        primals: Weights to differentiate by, with their values.
+        directions: A tangent for each of them, and that several times.
+        natural_outputs: Function from the model's outputs to the tensor to differentiate.
+        examples: Use the first so many examples only.
+
+    Returns:
+        The natural outputs and their tangents for each direction.
+    """
+    keys = list(primals)
+    values = [primals[key] for key in keys]
+    results = []
+    # Not nested: that would build the derivatives of the derivatives too.
+    for direction in directions:
+        with tf.autodiff.ForwardAccumulator(values, [direction[key] for key in keys]) as tape:
+            outputs = natural_outputs(replay.outputs(dict(zip(keys, values)), examples))
+        results.append(tape.jvp(outputs, tf.UnconnectedGradients.ZERO))
+    return outputs, results
