@@ -54,7 +54,7 @@ class LevenbergMarquardt:
         reject: bool = False,
     ) -> None:
         validation.check_damping_bounds(initial, minimum, maximum)
-        if not 0 < validation.check_unit_interval("decay", decay):
+        if validation.check_unit_interval("decay", decay) == 0:
             raise ValueError(f"`decay` must be in (0, 1). Received: decay={decay!r}")
         validation.check_positive_int("period", period)
         self.initial = initial

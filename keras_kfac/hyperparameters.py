@@ -3,7 +3,6 @@
 from typing import Any, Self
 
 import keras
-import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac import validation

@@ -2,19 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_kfac import validation
-from keras_kfac.attachment import Attachment, unattached_error
+from keras_kfac.attachable import AttachableOptimizer
+from keras_kfac.attachment import unattached_error
 from keras_kfac.curvature.coverage import Coverage
 from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.damping import LevenbergMarquardt
-from keras_kfac.hyperparameters import ADAPTIVE, ConfiguredOptimizer
+from keras_kfac.hyperparameters import ADAPTIVE
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
@@ -35,7 +35,7 @@ class _Built:
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
-class KFAC(ConfiguredOptimizer):
+class KFAC(AttachableOptimizer):
     """Natural gradient descent with Kronecker-factored approximate curvature (K-FAC).
 
     For every `Dense` and `Conv2D` layer with input rows `ā` (the 1 of the bias included) and
@@ -138,71 +138,9 @@ class KFAC(ConfiguredOptimizer):
         self.step_kl = self.add_variable((), dtype="float64", name="step_kl")
         self._step_rule = StepRule(self.add_variable)
         self._report = ProblemReport()
-        self._attachment: Attachment | None = None
         self._built: _Built | None = None
 
-    # ---- Attaching ------------------------------------------------------------------------------
-
-    def attach(
-        self,
-        model: keras.Model,
-        loss: Any = None,
-        variables: Sequence[keras.Variable] | None = None,
-    ) -> Self:
-        """Lets the optimizer see the model's layers while it trains.
-
-        Hooks on the model watch training steps until `detach`. They change neither its results nor
-        its config, weights or saved files. Nothing is allocated before the first step, so the model
-        need not be built yet.
-
-        In a custom loop, call the model and apply the gradients of the loss to its trainable
-        weights as usual. All forward passes in training mode since the last step are taken to be
-        terms of the loss, unless `model.compute_loss` is used: then those whose outputs it saw,
-        with their sample weights.
-
-        Args:
-            model: The model that `optimizer` trains.
-            loss: Its loss, if it is not compiled with one: a name, function or `keras.Loss`.
-            variables: The variables to train, if not all trainable variables of the model: for a
-                model that shares layers with another.
-
-        Returns:
-            The optimizer itself.
-
-        Raises:
-            ValueError: If the optimizer is attached to another model or was built for other
-                variables, or the model has nothing to train.
-            NotImplementedError: Under a distribution strategy with several replicas.
-        """
-        validation.check_attachable(model)
-        if self._attachment is not None and self._attachment.model is not model:
-            raise ValueError(
-                "The optimizer is attached to another model. Call `optimizer.detach()` first, or "
-                "create a new optimizer. Received: "
-                f"model={model.name!r}, attached to {self._attachment.model.name!r}"
-            )
-        validation.check_trainable(model, variables, self.is_known if self.built else None)
-        if self._attachment is not None:
-            if loss is None and variables is None:
-                return self
-            self._attachment.remove()
-        self._attachment = Attachment(
-            model,
-            loss,
-            variables,
-            empirical=self.fisher == Fisher.EMPIRICAL,
-            persistent_tape=self.fisher == Fisher.EXACT,
-            replays=self.can_adapt,
-            on_replaced=self.detach,
-        )
-        self._attachment.install()
-        return self
-
-    def detach(self) -> None:
-        """Takes every hook off the model again. Factors and velocities stay."""
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
+    # ---- What it knows of the model ---------------------------------------------------------------
 
     def coverage(self) -> Coverage:
         """Tells for every layer with weights which curvature block covers it, or why none does.
@@ -223,10 +161,11 @@ class KFAC(ConfiguredOptimizer):
             )
         return attachment.plan(attachment.is_trained).rows
 
-    def _require_attachment(self) -> Attachment:
-        if self._attachment is None:
+    @property
+    def _known(self) -> _Built:
+        if self._built is None:  # `apply` builds it; nothing else calls what needs it.
             raise unattached_error()
-        return self._attachment
+        return self._built
 
     def _build_curvature(self, passes: Sequence[ForwardPass]) -> _Built:
         if self._built is not None:
@@ -308,30 +247,28 @@ class KFAC(ConfiguredOptimizer):
         covered = {self._get_variable_index(v): g for g, v in zip(grads, variables)}
         return {
             id(variable): tf.convert_to_tensor(covered[index]) / scale
-            for index, variable in self._built.covered.items()
+            for index, variable in self._known.covered.items()
             if covered.get(index) is not None
         }
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
-        if self._built is None:  # `apply` builds it; nothing else calls this method.
-            raise unattached_error()
         due = tf.equal(self.iterations % tf.convert_to_tensor(self._inverse_update_period), 0)
         ops.cond(due, self._refresh, lambda: None)
 
         gradients, others = {}, []
         for gradient, variable in zip(grads, trainable_variables):
             index = self._get_variable_index(variable)
-            if index in self._built.covered:
-                gradients[id(self._built.covered[index])] = tf.convert_to_tensor(gradient)
+            if index in self._known.covered:
+                gradients[id(self._known.covered[index])] = tf.convert_to_tensor(gradient)
             else:
                 others.append((gradient, variable))
         steps, accepted = self._covered_steps(gradients, learning_rate)
 
         def step() -> None:
             super(KFAC, self)._apply_weight_decay(trainable_variables)
-            for index, variable in self._built.covered.items():
+            for index, variable in self._known.covered.items():
                 if id(variable) in steps:
                     self._take(index, variable, steps[id(variable)])
             if others:
@@ -348,7 +285,7 @@ class KFAC(ConfiguredOptimizer):
         """Comes with the step: decoupled decay is no part of the model of the step."""
 
     def _refresh(self) -> None:
-        curvature = self._built.curvature
+        curvature = self._known.curvature
         if self._damping_rule is not None:
             start = self._damping_rule.start(curvature.mean_eigenvalue())
             is_first = tf.equal(self.iterations, 0) & self._adapts_damping.value
@@ -360,9 +297,9 @@ class KFAC(ConfiguredOptimizer):
         accepted = tf.constant(True)
         if not gradients:
             return {}, accepted
-        directions, product = self._built.curvature.precondition(gradients)
+        directions, product = self._known.curvature.precondition(gradients)
         directions = {key: -direction for key, direction in directions.items()}
-        covered = [(i, v) for i, v in self._built.covered.items() if id(v) in directions]
+        covered = [(i, v) for i, v in self._known.covered.items() if id(v) in directions]
         previous = {
             id(v): tf.convert_to_tensor(self.model_variables[f"velocity.{i}"])
             if self._has_momentum
@@ -375,7 +312,8 @@ class KFAC(ConfiguredOptimizer):
         coefficients = self._coefficients(model, product, learning_rate)
         steps = {k: combination(coefficients, d, previous[k]) for k, d in directions.items()}
         if model is not None and self._damping_rule is not None:
-            accepted = self._adapt_damping(model.change(coefficients), variables, steps)
+            predicted = model.change(coefficients)
+            accepted = self._adapt_damping(self._damping_rule, predicted, variables, steps)
         return steps, accepted
 
     def _coefficients(
@@ -401,15 +339,19 @@ class KFAC(ConfiguredOptimizer):
         return coefficients
 
     def _adapt_damping(
-        self, predicted: tf.Tensor, variables: Sequence[keras.Variable], steps: Tensors
+        self,
+        rule: LevenbergMarquardt,
+        predicted: tf.Tensor,
+        variables: Sequence[keras.Variable],
+        steps: Tensors,
     ) -> tf.Tensor:
         """Adapts the damping if it is time to; returns whether the step is accepted."""
-        rule, batch = self._damping_rule, self._batch
+        batch = self._batch
 
         def adapt() -> tf.Tensor:
             change = batch.loss_change(variables, steps)
             ratio = reduction_ratio(change, predicted)
-            scale = self._built.curvature.mean_eigenvalue()
+            scale = self._known.curvature.mean_eigenvalue()
             self.reduction_ratio.assign(ratio)
             self._damping.assign(rule.next(self._damping.value, ratio, scale))
             accepted = rule.accepts(change)
@@ -421,7 +363,7 @@ class KFAC(ConfiguredOptimizer):
 
     @property
     def signal_share(self) -> keras.Variable:
-        """Share of a step's promised slope that the next batch confirms, in (0, 1]: low is noise."""
+        """The share of a step's promised slope that the next batch confirms: low is noise."""
         return self._step_rule.share.value
 
     # ---- Reports --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from keras_kfac.introspection.statistics import Fisher
 
 def check_unit_interval(name: str, value: Any) -> float:
     """Checks a number in [0, 1)."""
-    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
     return float(value)
 

@@ -15,6 +15,7 @@ LAYERS = [
     ["validation", "attachment", "restorable", "problem_report", "step_rule"],
     ["damping"],
     ["hyperparameters"],
+    ["attachable"],
     ["optimizer"],
     ["callbacks"],
     ["__init__"],

@@ -267,24 +267,25 @@ def train(model, optimizer, x, y, steps, **kwargs):
 EVERY_STEP = {"factor_update_period": 1, "inverse_update_period": 1, "fisher": "exact"}
 
 
+MODELLED = {
+    "adaptive": {},
+    "fixed": {"learning_rate": 0.1, "momentum": 0.5},
+    "l2": {},
+    "weight_decay": {"weight_decay": 0.1},
+    "clipped": {"kl_clip": 1e-4},
+    "clipnorm": {"clipnorm": 0.01},
+    "loss_scale": {"loss_scale_factor": 64.0},
+}
+
+
 @pytest.mark.usefixtures("whole_batch", "float64")
 class TestExactQuadratic:
-    OPTIMIZERS = {
-        "adaptive": {},
-        "fixed": {"learning_rate": 0.1, "momentum": 0.5},
-        "l2": {},
-        "weight_decay": {"weight_decay": 0.1},
-        "clipped": {"kl_clip": 1e-4},
-        "clipnorm": {"clipnorm": 0.01},
-        "loss_scale": {"loss_scale_factor": 64.0},
-    }
-
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", MODELLED)
     def test_ratio_is_one(self, name):
         """Identity 21: the prediction leaves damping out, and takes L2 regularisers in."""
         model, x, y = linear_regression(keras.regularizers.L2(0.25) if name == "l2" else None)
         rule = LevenbergMarquardt(initial=0.1, period=1)
-        optimizer = KFAC(damping=rule, **EVERY_STEP, **self.OPTIMIZERS[name])
+        optimizer = KFAC(damping=rule, **EVERY_STEP, **MODELLED[name])
         for _ in range(4):
             train(model, optimizer, x, y, 1)
             assert float(optimizer.reduction_ratio) == pytest.approx(1, abs=1e-8)
@@ -486,7 +487,7 @@ def test_one_of_them_may_be_adaptive():
 
 
 def test_momentum_of_an_optimizer_without_velocities_cannot_be_set():
-    with pytest.raises(ValueError, match="keeps no velocities. Received: momentum=0.5"):
+    with pytest.raises(ValueError, match=r"keeps no velocities\. Received: momentum=0.5"):
         helpers.kfac(momentum=0.0).momentum = 0.5
 
 

@@ -52,6 +52,17 @@ class ForwardPass:
         """Whether the recorded tensors belong to the computation under way."""
         return _keras_internals.is_within(self._graph)
 
+    @property
+    def again(self) -> Replay:
+        """The replay of this pass.
+
+        Raises:
+            RuntimeError: If none was prepared.
+        """
+        if self.replay is None:
+            raise RuntimeError("This forward pass was recorded without a replay.")
+        return self.replay
+
     def single_target(self) -> Any:
         """The targets of the model's one output.
 

@@ -45,10 +45,10 @@ def products(
         coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
         examples, coefficients = _part(coefficients, batch_fraction)
         natural, vectors = tangents(
-            forward_pass.replay, weights, directions, loss.natural_outputs, examples
+            forward_pass.again, weights, directions, loss.natural_outputs, examples
         )
         for i, j in entries:
-            product = loss.likelihood.curvature_product(natural, vectors[i], vectors[j])
+            product = loss.known_likelihood.curvature_product(natural, vectors[i], vectors[j])
             entries[i, j] += tf.reduce_sum(tf.cast(product, _SUM) * coefficients)
     return tf.stack([[entries[min(i, j), max(i, j)] for j in range(size)] for i in range(size)])
 
@@ -81,7 +81,7 @@ def loss_change(passes: Sequence[ForwardPass], loss: ModelLoss, weights: Weights
     change = tf.zeros((), _SUM)
     for forward_pass in passes:
         before = single_output(forward_pass)
-        after = tf.nest.flatten(forward_pass.replay.outputs(weights))[0]
+        after = tf.nest.flatten(forward_pass.again.outputs(weights))[0]
         coefficients = tf.cast(loss.coefficients(before, forward_pass.sample_weight), _SUM)
         targets = forward_pass.single_target()
         difference = loss.values(targets, after) - loss.values(targets, before)

@@ -77,6 +77,21 @@ class ModelLoss:
     likelihood: Likelihood | None
     loss_weight: float = 1.0
 
+    @property
+    def known_likelihood(self) -> Likelihood:
+        """The predictive distribution.
+
+        Raises:
+            ValueError: If it is unknown.
+        """
+        if self.likelihood is None:
+            raise ValueError(
+                "K-FAC knows no predictive distribution for this loss, so it can't model a step to "
+                "adapt it. Give numbers as `learning_rate`, `momentum` and `damping`. "
+                f"Received: loss={self.loss!r}"
+            )
+        return self.likelihood
+
     def coefficients(self, outputs: tf.Tensor, sample_weight: Any) -> tf.Tensor:
         """Derivative of the total loss by the loss value at each position of the outputs.
 
@@ -106,20 +121,15 @@ class ModelLoss:
         Raises:
             ValueError: If the likelihood is unknown.
         """
-        if self.likelihood is None:
-            raise ValueError(
-                "K-FAC knows no predictive distribution for this loss, so it can't model a step to "
-                "adapt it. Give numbers as `learning_rate`, `momentum` and `damping`. "
-                f"Received: loss={self.loss!r}"
-            )
-        if self.likelihood.family is Family.NORMAL:
-            return outputs, self.likelihood
+        likelihood = self.known_likelihood
+        if likelihood.family is Family.NORMAL:
+            return outputs, likelihood
         logits = _keras_internals.loss_logits(outputs)
         # Keras loses sight of the logits when it casts the outputs to the dtype of the loss.
         is_seen = outputs.dtype.name == self.loss.dtype
-        if logits is None or not (self.likelihood.from_probabilities or is_seen):
-            return outputs, self.likelihood
-        return logits, dataclasses.replace(self.likelihood, from_probabilities=False)
+        if logits is None or not (likelihood.from_probabilities or is_seen):
+            return outputs, likelihood
+        return logits, dataclasses.replace(likelihood, from_probabilities=False)
 
     def natural_outputs(self, outputs: Any) -> tf.Tensor:
         """The natural outputs of the model's one output."""
