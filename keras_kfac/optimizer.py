@@ -351,7 +351,8 @@ class KFAC(AttachableOptimizer):
         def adapt() -> tf.Tensor:
             change = batch.loss_change(variables, steps)
             ratio = reduction_ratio(change, predicted)
-            scale = self._known.curvature.mean_eigenvalue()
+            scale = tf.cast(self._known.curvature.mean_eigenvalue(), "float64")
+            scale *= tf.square(1.0 - self._step_rule.share.value)
             self.reduction_ratio.assign(ratio)
             self._damping.assign(rule.next(self._damping.value, ratio, scale))
             accepted = rule.accepts(change)

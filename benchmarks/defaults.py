@@ -1,0 +1,227 @@
+"""`KFAC()` without a setting against Adam at the best of five learning rates, on five problems.
+
+    python benchmarks/defaults.py --seconds 120 [--mnist mnist.npz] [--fashion fashion_mnist.npz]
+
+For each problem every optimizer trains for the same seconds of training steps (evaluation and the
+first two steps, which trace and compile, apart). The target is the training loss that Adam's best
+rate has at the end; the figure of merit is the share of its time that `KFAC()` needs to get there.
+Every curve is written to a JSON file with the environment; `--report` prints the README's table.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+from environment import environment  # noqa: E402
+
+from keras_kfac import KFAC, KFACCallback  # noqa: E402
+
+ADAM_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+EVALUATIONS = 16
+EVALUATED_EXAMPLES = 10_000
+layers = keras.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A network, its data by name, loss and batch size."""
+
+    data: str
+    network: Callable[[], list[keras.Layer]]
+    loss: Callable[[], keras.losses.Loss]
+    batch_size: int
+
+
+def dense(widths: list[int], activation: str, outputs: int) -> list[keras.Layer]:
+    return [layers.Flatten(), *(layers.Dense(w, activation) for w in widths), layers.Dense(outputs)]
+
+
+def autoencoder() -> list[keras.Layer]:
+    half = [layers.Dense(width, "tanh") for width in (1000, 500, 250)]
+    back = [layers.Dense(width, "tanh") for width in (250, 500, 1000)]
+    return [layers.Flatten(), *half, layers.Dense(30), *back, layers.Dense(784)]
+
+
+def conv_net() -> list[keras.Layer]:
+    return [
+        layers.Reshape((28, 28, 1)),
+        layers.Conv2D(16, 3, strides=2, activation="relu"),
+        layers.Conv2D(32, 3, strides=2, activation="relu"),
+        *dense([128], "relu", 10),
+    ]
+
+
+def classification() -> keras.losses.Loss:
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def pixels() -> keras.losses.Loss:
+    return keras.losses.BinaryCrossentropy(from_logits=True)
+
+
+PROBLEMS = {
+    "deep autoencoder, MNIST, batch 1000": Problem("mnist", autoencoder, pixels, 1000),
+    "conv net, Fashion-MNIST, batch 128": Problem("fashion", conv_net, classification, 128),
+    "12 x 256 tanh, Fashion-MNIST, batch 128": Problem(
+        "fashion", lambda: dense([256] * 12, "tanh", 10), classification, 128
+    ),
+    "3 x 256 relu, Fashion-MNIST, batch 32": Problem(
+        "fashion", lambda: dense([256] * 3, "relu", 10), classification, 32
+    ),
+    "tabular regression, batch 256": Problem(
+        "table",
+        lambda: dense([128, 128, 64], "relu", 1),
+        lambda: keras.losses.MeanSquaredError(),
+        256,
+    ),
+}
+
+
+def table(examples: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated features, and a smooth function of six projections of them with noise."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(examples, 24)) @ rng.normal(size=(24, 24)) / 5
+    h = (x @ rng.normal(size=(24, 6)) / 5).T
+    y = np.sin(2 * h[0]) * h[1] + 2 * np.tanh(h[2]) + h[3] * h[4] + np.abs(h[5]) / 2
+    y += 0.3 * rng.normal(size=examples)
+    return x.astype("float32"), ((y - y.mean()) / y.std()).astype("float32")[:, None]
+
+
+def load(args: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Training data by name: images in [0, 1]."""
+
+    def images(path: Path | None, module: object) -> tuple[np.ndarray, np.ndarray]:
+        if path is None:
+            (x, y), _ = module.load_data()
+        else:
+            with np.load(path) as file:
+                x, y = file["x_train"], file["y_train"]
+        return (x / 255).astype("float32"), y
+
+    x, _ = images(args.mnist, keras.datasets.mnist)
+    return {
+        "mnist": (x, x.reshape(len(x), -1)),
+        "fashion": images(args.fashion, keras.datasets.fashion_mnist),
+        "table": table(),
+    }
+
+
+class Clock(keras.callbacks.Callback):
+    """Times training steps, evaluates along the way, and stops when the time is up."""
+
+    def __init__(self, seconds: float, evaluate: Callable[[keras.Model], float]) -> None:
+        super().__init__()
+        self.times = [seconds * (i + 1) / EVALUATIONS for i in range(EVALUATIONS)]
+        self.evaluate = evaluate
+        self.steps, self.first, self.seconds = 0, 0.0, 0.0
+        self.curve: list[tuple[float, int, float]] = []
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Starts the clock."""
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Stops the clock."""
+        elapsed = time.perf_counter() - self.began
+        self.steps += 1
+        if self.steps <= 2:
+            self.first += elapsed
+            return
+        self.seconds += elapsed
+        if self.seconds >= self.times[0]:
+            self.times.pop(0)
+            self.curve.append((self.seconds, self.steps, self.evaluate(self.model)))
+            self.model.stop_training = not self.times
+
+
+def run(name: str, optimizer: keras.optimizers.Optimizer, data: dict, args, seed: int) -> dict:
+    """Trains one network."""
+    problem = PROBLEMS[name]
+    x, y = data[problem.data]
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input(x.shape[1:]), *problem.network()])
+    model.compile(optimizer, problem.loss())
+    part = x[:EVALUATED_EXAMPLES], y[:EVALUATED_EXAMPLES]
+    clock = Clock(args.seconds, lambda m: float(m.evaluate(*part, batch_size=1000, verbose=0)))
+    callbacks = [clock, *([KFACCallback()] if isinstance(optimizer, KFAC) else [])]
+    model.fit(x, y, problem.batch_size, 1_000_000, 0, callbacks)
+    return {"seed": seed, "first_two_steps_seconds": clock.first, "curve": clock.curve}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All runs."""
+    data, runs = load(args), []
+    for name in PROBLEMS:
+        for seed in args.seeds:
+            runs.append(
+                {"problem": name, "optimizer": "KFAC()"} | run(name, KFAC(), data, args, seed)
+            )
+            for rate in ADAM_RATES:
+                optimizer = keras.optimizers.Adam(rate)
+                result = run(name, optimizer, data, args, seed)
+                runs.append({"problem": name, "optimizer": f"Adam {rate:g}"} | result)
+                print(name, runs[-1]["optimizer"], result["curve"][-1], flush=True)
+    return {"environment": environment(), "seconds": args.seconds, "runs": runs}
+
+
+def reached(curve: list, target: float) -> float:
+    """When the loss first is at the target; infinite if it never is."""
+    return next((seconds for seconds, _, loss in curve if loss <= target), float("inf"))
+
+
+def report(result: dict) -> str:
+    """Medians over seeds, as a table."""
+    lines = [
+        "| problem | best Adam | its loss | KFAC() loss | time to Adam's loss | ms per step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in PROBLEMS:
+        runs = [r for r in result["runs"] if r["problem"] == name]
+        optimizers = dict.fromkeys(r["optimizer"] for r in runs)
+
+        def median(of: Callable[[dict], float], optimizer: str, runs: list = runs) -> float:
+            return statistics.median(of(r) for r in runs if r["optimizer"] == optimizer)
+
+        final = {o: median(lambda r: r["curve"][-1][2], o) for o in optimizers}
+        best = min((o for o in optimizers if o != "KFAC()"), key=final.get)
+        cost = {o: median(lambda r: 1000 * r["curve"][-1][0] / r["curve"][-1][1], o) for o in final}
+        time_to = median(lambda r: reached(r["curve"], final[best]), "KFAC()")
+        share = (
+            f"{time_to / result['seconds']:.2f} of its" if np.isfinite(time_to) else "not reached"
+        )
+        lines.append(
+            f"| {name} | {best.removeprefix('Adam ')} | {final[best]:.4f} | {final['KFAC()']:.4f} "
+            f"| {share} | {cost['KFAC()']:.1f} / {cost[best]:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, or reports what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mnist", type=Path, help=".npz file in place of the download")
+    parser.add_argument("--fashion", type=Path, help=".npz file in place of the download")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    path = ROOT / "benchmarks" / "results" / "defaults.json"
+    if not args.report:
+        path.write_text(json.dumps(measure(args), indent=1))
+    print(report(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()
