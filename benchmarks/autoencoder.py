@@ -4,10 +4,8 @@
     python benchmarks/autoencoder.py mnist --seconds 45 [--data mnist.npz]
 
 Adam runs with each of six learning rates on the first seed; the best of them, by test error at the
-end, runs on all seeds. K-FAC runs on all seeds with the settings in `examples/deep_autoencoder.py`,
-which were found on seed 0. (The committed MNIST runs are from before the rate 6e-3 was added, to
-close the grid on CURVES.) Every run is written to a JSON file with the environment; `--report`
-prints the table in the README from that file.
+end, runs on all seeds. K-FAC runs on all seeds without a setting. Every run is written to a JSON
+file with the environment; `--report` prints the table in the README from that file.
 """
 
 import argparse

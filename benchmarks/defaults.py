@@ -196,13 +196,13 @@ def report(result: dict) -> str:
 
         final = {o: median(lambda r: r["curve"][-1][2], o) for o in optimizers}
         best = min((o for o in optimizers if o != "KFAC()"), key=final.get)
+        target = final[best]
         cost = {o: median(lambda r: 1000 * r["curve"][-1][0] / r["curve"][-1][1], o) for o in final}
-        time_to = median(lambda r: reached(r["curve"], final[best]), "KFAC()")
-        share = (
-            f"{time_to / result['seconds']:.2f} of its" if np.isfinite(time_to) else "not reached"
-        )
+        time_to = median(lambda r, target=target: reached(r["curve"], target), "KFAC()")
+        is_there = np.isfinite(time_to)
+        share = f"{time_to / result['seconds']:.2f} of its" if is_there else "not reached"
         lines.append(
-            f"| {name} | {best.removeprefix('Adam ')} | {final[best]:.4f} | {final['KFAC()']:.4f} "
+            f"| {name} | {best.removeprefix('Adam ')} | {target:.4f} | {final['KFAC()']:.4f} "
             f"| {share} | {cost['KFAC()']:.1f} / {cost[best]:.1f} |"
         )
     return "\n".join(lines)

@@ -25,7 +25,6 @@ import keras
 import matplotlib
 import numpy as np
 from curves import make_curves
-from keras.optimizers.schedules import PolynomialDecay
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -47,31 +46,18 @@ class Setup:
         encoder: Widths of the encoder, the last one the code; the decoder mirrors it.
         initializer: Of all kernels, for both optimizers.
         learning_rate: K-FAC's learning rate.
-        damping: K-FAC's damping at the start. It falls while the curvature settles: K-FAC's
-            quadratic model of the loss then deserves more trust. The units are those of the loss,
-            so a loss that averages over pixels would need less.
-        final_damping: Where it stays after `damping_steps`.
-        damping_steps: Steps.
-        kl_clip: K-FAC's bound on the size of a step, in nats for a whole image.
-        factor_update_period: Steps between updates of the curvature factors.
-        inverse_update_period: Steps between inversions of them.
+        damping: K-FAC's damping.
         adam_learning_rate: Adam's learning rate.
     """
 
     encoder: tuple[int, ...]
     initializer: str = "glorot_uniform"
-    learning_rate: float = 0.1
-    damping: float = 0.5
-    final_damping: float = 0.02
-    damping_steps: int = 150
-    kl_clip: float = 0.03
-    factor_update_period: int = 2
-    inverse_update_period: int = 6
+    learning_rate: float | str = "adaptive"
+    damping: float | str = "adaptive"
     adam_learning_rate: float = 1e-3
 
 
-# K-FAC's settings come from some 15 short runs on each dataset with seed 0, judged by test error;
-# Adam's rate is the best of a grid (see `benchmarks/autoencoder.py`, which reports other seeds).
+# K-FAC needs no settings. Adam's rate is the best of a grid (see `benchmarks/autoencoder.py`).
 SETUPS = {
     # Keras's default initialisation lets the signal fade over twelve layers of tanh: from there
     # either optimizer first spends hundreds of steps predicting the mean image. Like the sparse
@@ -79,7 +65,7 @@ SETUPS = {
     "curves": Setup(
         encoder=(400, 200, 100, 50, 25, 6), initializer="he_normal", adam_learning_rate=3e-3
     ),
-    "mnist": Setup(encoder=(1000, 500, 250, 30), factor_update_period=5, inverse_update_period=20),
+    "mnist": Setup(encoder=(1000, 500, 250, 30)),
 }
 
 
@@ -100,16 +86,8 @@ def build_model(pixels: int, setup: Setup) -> keras.Model:
 
 
 def make_kfac(setup: Setup, seed: int) -> KFAC:
-    """Creates the K-FAC optimizer."""
-    final_damping = min(setup.damping, setup.final_damping)
-    return KFAC(
-        learning_rate=setup.learning_rate,
-        damping=PolynomialDecay(setup.damping, setup.damping_steps, final_damping, power=4.0),
-        kl_clip=setup.kl_clip,
-        factor_update_period=setup.factor_update_period,
-        inverse_update_period=setup.inverse_update_period,
-        seed=seed,
-    )
+    """Creates the K-FAC optimizer; without options, it is `KFAC()`."""
+    return KFAC(learning_rate=setup.learning_rate, damping=setup.damping, seed=seed)
 
 
 def train(
@@ -125,8 +103,7 @@ def train(
     pixels = train_images.shape[1]
     model = build_model(pixels, setup)
     # Keras averages the cross-entropy over the pixels, the literature sums it. The weight makes it
-    # the sum, so that losses, damping and KL clip are those of whole images; K-FAC takes it into
-    # account in its curvature.
+    # the sum, so that loss and damping are those of whole images. The steps are the same.
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, loss_weights=[float(pixels)])
 
@@ -452,8 +429,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=positive(float), default=60.0, help="training time for each optimizer")
     add("--steps", type=positive(int), help="stop after as many steps, if that is earlier")
     add("--batch-size", type=positive(int), default=1000, help="images in a step")
-    add("--learning-rate", type=positive(float), default=own, help=f"of K-FAC {default}")
-    add("--damping", type=positive(float), default=own, help=f"of K-FAC, at the start {default}")
+    add("--learning-rate", type=positive(float), default=own,
+        help="of K-FAC (default: adaptive)")  # fmt: skip
+    add("--damping", type=positive(float), default=own, help="of K-FAC (default: adaptive)")
     add("--adam-learning-rate", type=positive(float), default=own, help=f"of Adam {default}")
     add("--train-images", type=positive(int), help="use as many; None: 20,000 curves, or all")
     add("--test-images", type=positive(int), help="use as many; None: 2,000 curves, or all")

@@ -1,9 +1,10 @@
 """Every use of a name that Keras or TensorFlow does not document, in one place.
 
 Each function says why no public way exists. Outside this module the package uses public API
-only, with one exception that Keras intends to be overridden: `Optimizer._backend_update_step`
-(and its helper `_var_key`), the only place that sees all gradients after clipping, weight decay
-and accumulation; `update_step` sees one variable at a time.
+only, with exceptions that Keras intends to be overridden: `Optimizer._backend_update_step` (and its
+helper `_var_key`), the only place that sees all gradients after clipping and accumulation;
+`update_step` sees one variable at a time. And `Optimizer._apply_weight_decay`, to have the decay
+with the step and not before the step is modelled.
 """
 
 from typing import Any

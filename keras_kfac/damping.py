@@ -8,10 +8,8 @@ import tensorflow as tf
 from keras_kfac import validation
 from keras_kfac.math.step_control import levenberg_marquardt
 
-# Relative to the mean eigenvalue of the Fisher matrix: a start well above it, so that the first
-# steps are short, and a floor near it, below which small batches decide more than the loss.
+# Relative to the mean eigenvalue of the Fisher matrix: well above it, for short first steps.
 _RELATIVE_START = 100.0
-_RELATIVE_FLOOR = 1.0
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
@@ -25,7 +23,9 @@ class LevenbergMarquardt:
     Args:
         initial: Damping to start with, in units of the loss per squared weight. `None` takes 100
             times the mean eigenvalue of the Fisher matrix of the first batch.
-        minimum: Floor of the damping. `None` takes the mean eigenvalue, as it is at the time.
+        minimum: Floor of the damping. `None` takes the mean eigenvalue, as it is at the time, times
+            the square of the share of noise in the steps (1 less `KFAC.signal_share`): what lies
+            below is not known from small batches.
         maximum: Its ceiling.
         decay: Factor in (0, 1) for each step by which the damping falls or rises: it changes by
             `decay ** period` at a time.
@@ -68,10 +68,13 @@ class LevenbergMarquardt:
         """The first damping, given the mean eigenvalue of the Fisher matrix."""
         return _RELATIVE_START * scale if self.initial is None else self.initial
 
-    def next(self, damping: tf.Tensor, ratio: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    def next(
+        self, damping: tf.Tensor, ratio: tf.Tensor, scale: tf.Tensor, signal_share: tf.Tensor
+    ) -> tf.Tensor:
         """The damping after a step of the given reduction ratio."""
-        scale = tf.cast(scale, damping.dtype)
-        minimum = _RELATIVE_FLOOR * scale if self.minimum is None else self.minimum
+        minimum = self.minimum
+        if minimum is None:
+            minimum = tf.cast(scale, damping.dtype) * tf.square(1 - signal_share)
         maximum = damping.dtype.max if self.maximum is None else self.maximum
         return levenberg_marquardt(damping, ratio, self.decay**self.period, minimum, maximum)
 

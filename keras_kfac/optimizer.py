@@ -15,7 +15,7 @@ from keras_kfac.curvature.coverage import Coverage
 from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.hyperparameters import ADAPTIVE
-from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.forward_pass import ForwardPass, instance_attribute
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.math.linalg import scalar
@@ -44,26 +44,38 @@ class KFAC(AttachableOptimizer):
         A = E[ā āᵀ],   G = E[g gᵀ]   (scaled so that A ⊗ G is the Fisher block of the model's loss)
 
     and replaces the gradient `∇W` of kernel and bias by `(A + π√λ I)⁻¹ ∇W (G + √λ/π I)⁻¹`. The
-    step is that direction times the learning rate, clipped to a bound on the KL divergence, with
-    heavy-ball momentum. Weights of other layers are stepped by the `fallback` optimizer.
+    step combines that direction with the previous step,
+
+        δ = -α (A + π√λ I)⁻¹ ∇W (G + √λ/π I)⁻¹ + μ δ₀
+
+    By default learning rate `α`, momentum `μ` and damping `λ` adapt themselves: `α` and `μ`
+    minimise the quadratic model of the loss with its exact Gauss-Newton matrix, averaged over as
+    many steps as the noise between batches asks for, and `λ` follows how well that model predicts
+    the loss. Weights of other layers are stepped by the `fallback` optimizer.
 
     `A ⊗ G` equals the layer's Fisher block for one example, and for deep linear networks with
     squared loss; otherwise it assumes inputs and output gradients to be independent. Blocks between
     layers are taken to be zero.
+
+    Adaptive values need a loss with a known distribution, and to see the targets: custom loops
+    compute the loss by `model.compute_loss`. With `gradient_accumulation_steps` they model the last
+    micro-batch.
 
     The optimizer must see the model: pass `callbacks=[KFACCallback()]` to `fit`, or call
     `attach`. With `gradient_accumulation_steps`, factors average over the micro-batches of a step.
     A step whose gradients are not all finite is skipped whole and counted in `skipped_steps`.
 
     Args:
-        learning_rate: `η > 0`: float, `LearningRateSchedule` or callable, as for any Keras
-            optimizer.
-        damping: `λ >= 0`, float or `LearningRateSchedule` of the iterations: what is added to
-            the curvature, in units of the loss per squared weight. It takes effect when the
-            inverses are next refreshed. Larger is more like gradient descent. Scale it with the
-            loss: a loss that sums over outputs needs more than one that averages. 0 is allowed;
-            factors that are singular then are reported, and keep their previous inverse.
-        momentum: Heavy-ball momentum in [0, 1).
+        learning_rate: `"adaptive"`, or `α > 0`: float, `LearningRateSchedule` or callable, as for
+            any Keras optimizer. `optimizer.learning_rate` shows the last adaptive one; assigning a
+            float (by hand, or by `ReduceLROnPlateau`) fixes it. It multiplies `weight_decay`.
+        damping: `"adaptive"`, or a `LevenbergMarquardt` rule, or `λ >= 0`, float or
+            `LearningRateSchedule` of the iterations: what is added to the curvature, in units of
+            the loss per squared weight. It takes effect when the inverses are next refreshed.
+            Larger is more like gradient descent. Scale a fixed one with the loss. 0 is allowed;
+            factors that are singular then are reported, and keep their previous inverse. An L2
+            regulariser of a kernel adds to the damping of its layer.
+        momentum: `"adaptive"`, or `μ` in [0, 1).
         factor_ema_decay: Decay in [0, 1) of the moving averages of the factors, for each update.
         factor_update_period: Steps between updates of the factors, a positive int.
         inverse_update_period: Steps between refreshes of the inverses, a positive int, at least
@@ -72,8 +84,9 @@ class KFAC(AttachableOptimizer):
             more backward pass per factor update), `"exact"` (the same without sampling noise: one
             backward pass per output) or `"empirical"` (from the training targets; works with any
             loss, and is a different matrix).
-        kl_clip: Bound `κ > 0` on `η² Σ vᵀ∇`, about twice the KL divergence of a step before
-            momentum; `None` for none.
+        kl_clip: Bound `κ > 0` on `α² Σ vᵀ∇`, about twice the KL divergence of a step before
+            momentum, in units of the loss; `None` for none. With a fixed learning rate, 1e-4 to
+            1e-2 keeps the steps of the first epochs in bounds.
         fallback: Keras optimizer for the weights that no curvature block covers. It keeps its own
             learning rate, and steps whenever K-FAC does. Defaults to `keras.optimizers.Adam()`.
         seed: Int, for sampling targets. Draws depend on it and the iteration (and are others
@@ -90,16 +103,17 @@ class KFAC(AttachableOptimizer):
     Example:
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    >>> model.compile(optimizer=KFAC(learning_rate=0.1, damping=0.01), loss=loss)
+    >>> model.compile(optimizer=KFAC(), loss=loss)
     >>> x, y = np.eye(4), np.array([0, 1, 2, 0])
     >>> history = model.fit(x, y, epochs=20, verbose=0, callbacks=[KFACCallback()])
     >>> history.history["loss"][-1] < history.history["loss"][0]
     True
 
     References:
-        Martens & Grosse (2015), arXiv:1503.05671: sections 3 (factors), 5 (moving averages) and
-        6.3 (factored damping). Grosse & Martens (2016), arXiv:1602.01407: convolutions. Ba, Grosse
-        & Martens (2017): KL clip.
+        Martens & Grosse (2015), arXiv:1503.05671: sections 3 (factors), 5 (moving averages), 6.3
+        (factored damping), 6.4 and 7 (learning rate and momentum), 6.5 (adapting the damping).
+        Grosse & Martens (2016), arXiv:1602.01407: convolutions. Ba, Grosse & Martens (2017): KL
+        clip.
     """
 
     def __init__(
@@ -140,7 +154,7 @@ class KFAC(AttachableOptimizer):
         self._report = ProblemReport()
         self._built: _Built | None = None
 
-    # ---- What it knows of the model ---------------------------------------------------------------
+    # ---- What it knows of the model --------------------------------------------------------------
 
     def coverage(self) -> Coverage:
         """Tells for every layer with weights which curvature block covers it, or why none does.
@@ -217,8 +231,10 @@ class KFAC(AttachableOptimizer):
         def step() -> None:
             self._update_factors(built.curvature, passes, loss)
             variables = trainable_variables or self._trainable_variables
-            self._batch = Batch(passes, loss, self._unscaled(grads, variables))
-            super(KFAC, self).apply(grads, trainable_variables)
+            batch = Batch(passes, loss, self._unscaled(grads, variables))
+            # For `_backend_update_step`, to which Keras hands no more than gradients.
+            with instance_attribute(self, "_batch", batch):
+                super(KFAC, self).apply(grads, trainable_variables)
 
         def skip() -> None:
             self.skipped_steps.assign_add(1)
@@ -277,6 +293,7 @@ class KFAC(AttachableOptimizer):
         ops.cond(accepted, step, lambda: None)
 
     def _take(self, index: int, variable: keras.Variable, step: tf.Tensor) -> None:
+        step = tf.cast(step, variable.dtype)
         if self._has_momentum:
             self.model_variables[f"velocity.{index}"].assign(step)
         variable.assign_add(step)
@@ -351,10 +368,10 @@ class KFAC(AttachableOptimizer):
         def adapt() -> tf.Tensor:
             change = batch.loss_change(variables, steps)
             ratio = reduction_ratio(change, predicted)
-            scale = tf.cast(self._known.curvature.mean_eigenvalue(), "float64")
-            scale *= tf.square(1.0 - self._step_rule.share.value)
+            scale = self._known.curvature.mean_eigenvalue()
+            share = tf.convert_to_tensor(self.signal_share.value)
             self.reduction_ratio.assign(ratio)
-            self._damping.assign(rule.next(self._damping.value, ratio, scale))
+            self._damping.assign(rule.next(self._damping.value, ratio, scale, share))
             accepted = rule.accepts(change)
             self.rejected_steps.assign_add(tf.where(accepted, 0, 1))
             return accepted

@@ -1,7 +1,4 @@
-"""Steps that choose themselves: the quadratic model, the damping that follows it, who is in charge.
-
-Identity numbers are those of the tests' list in `CONTRIBUTING.md`.
-"""
+"""Steps that choose themselves: the quadratic model, the damping that follows it, who decides."""
 
 import keras
 import numpy as np
@@ -428,6 +425,15 @@ def test_step_to_a_loss_that_is_not_finite_is_always_undone():
     assert int(optimizer.rejected_steps) == 2
     assert all(np.isfinite(w).all() for w in helpers.weights(model))
     assert np.isfinite(float(optimizer.signal_share))
+
+
+@pytest.mark.parametrize(("share", "floor"), [(1.0, 0.0), (0.5, 0.25 * 8), (0.01, 0.99**2 * 8)])
+def test_floor_rises_with_the_noise(share, floor):
+    """Relative to the mean eigenvalue, here 8."""
+    damping = tf.constant(1e-6, tf.float64)
+    share = tf.constant(share, tf.float64)
+    new = LevenbergMarquardt().next(damping, tf.constant(0.9), tf.constant(8.0), share)
+    assert float(new) == pytest.approx(max(floor, 1e-6 * 0.95**5))
 
 
 # ---- Who is in charge ---------------------------------------------------------------------------

@@ -43,22 +43,17 @@ class Replay:
         self._kwargs = kwargs
         self._states = [(v, tf.convert_to_tensor(v.value)) for v in model.non_trainable_variables]
 
-    @property
-    def batch_size(self) -> tf.Tensor:
-        """Number of examples."""
-        return tf.shape(_tensors((self._args, self._kwargs))[0])[0]
-
     def outputs(self, weights: Weights, examples: tf.Tensor | int | None = None) -> Any:
         """What the model returns in training mode.
 
         Args:
-            weights: Values for some of the trainable variables; the others keep theirs.
+            weights: Values for some of the model's variables; the others keep theirs.
             examples: Use the first so many examples of the batch only; all if `None`.
         """
         args, kwargs = self._args, {**self._kwargs, "training": True}
         if examples is not None:
             args, kwargs = _first(examples, (args, kwargs))
-        trained = [(v, weights[id(v)]) for v in self._model.trainable_variables if id(v) in weights]
+        trained = [(v, weights[id(v)]) for v in self._model.weights if id(v) in weights]
         _replaying.active = True
         try:
             # Losses that layers add are collected by the scope, or they would end up in the model.
