@@ -100,7 +100,10 @@ MODES = {
     **ADAPTIVE,
     "adaptive_mixed_float16": Mode(policy="mixed_float16", optimizer=helpers.ADAPTIVE),
     "adaptive_mixed_bfloat16": Mode(policy="mixed_bfloat16", optimizer=helpers.ADAPTIVE),
-    "adaptive_accumulation": Mode(optimizer={**helpers.ADAPTIVE, "gradient_accumulation_steps": 2}),
+    "adaptive_accumulation": Mode(
+        optimizer={**helpers.ADAPTIVE, "gradient_accumulation_steps": 2},
+        examples=16 * helpers.BATCH,
+    ),
     "mixed_bfloat16": Mode(policy="mixed_bfloat16"),
     "mixed_float16": Mode(policy="mixed_float16"),
     "mixed_float16_jit": Mode(policy="mixed_float16", compile={"jit_compile": True}),
