@@ -52,10 +52,8 @@ class Attachment:
         self._pending: list[ForwardPass] = []
         self._is_inference = False
         self._hooked: list[str] = []
-        parameters = inspect.signature(model.call).parameters.values()
-        self._call_takes_training = any(
-            p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters
-        )
+        # Keras goes by the name, too: it passes none to a `call` that takes `**kwargs`.
+        self._call_takes_training = "training" in inspect.signature(model.call).parameters
 
     def install(self) -> None:
         """Puts the hooks on the model, in place of those of another optimizer."""
@@ -112,8 +110,8 @@ class Attachment:
             return False
         if "training" in kwargs:
             return bool(kwargs["training"])
-        # Keras passes `training` whenever it is known and `call` takes it. A `call` that does not
-        # take it gets none in training either: then what is no inference step is training.
+        # Keras passes `training` whenever it is known and `call` names it. A `call` that does not
+        # name it gets none in training either: then what is no inference step is training.
         return not self._call_takes_training
 
     def _observed_compute_loss(

@@ -29,6 +29,13 @@ class BuiltLate(keras.Model):
         return self.logits(self.hidden(x))
 
 
+class PassesOn(BuiltLate):
+    """`call` names no `training`, but would take it."""
+
+    def call(self, x: tf.Tensor, **kwargs: Any) -> tf.Tensor:
+        return super().call(x, **kwargs)
+
+
 class Subclassed(keras.Model):
     """Layers made in `__init__`; `call` takes no `training`."""
 
@@ -63,6 +70,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "sequential": helpers.mlp,
     "unbuilt": helpers.unbuilt_mlp,
     "built_late": BuiltLate,
+    "passes_on": PassesOn,
     "subclassed": Subclassed,
     "nested": nested,
     "shared": shared,
