@@ -19,6 +19,6 @@ def _doctest_names(doctest_namespace) -> None:
             "keras": keras,
             "np": np,
             "tf": tf,
-            **{n: getattr(keras_kfac, n) for n in ("KFAC", "KFACCallback", "LevenbergMarquardt")},
+            **{n: getattr(keras_kfac, n) for n in keras_kfac.__all__ if n[0] != "_"},
         }
     )

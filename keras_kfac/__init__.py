@@ -1,9 +1,18 @@
 """K-FAC natural-gradient optimisation for Keras 3 on TensorFlow."""
 
 from keras_kfac._version import __version__
+from keras_kfac.batches import growing_batches
 from keras_kfac.callbacks import KFACCallback
 from keras_kfac.curvature.coverage import Coverage, CoverageRow
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.optimizer import KFAC
 
-__all__ = ["KFAC", "Coverage", "CoverageRow", "KFACCallback", "LevenbergMarquardt", "__version__"]
+__all__ = [
+    "KFAC",
+    "Coverage",
+    "CoverageRow",
+    "KFACCallback",
+    "LevenbergMarquardt",
+    "__version__",
+    "growing_batches",
+]

@@ -1,22 +1,40 @@
-"""An optimizer that is attached to the model it trains."""
+"""An optimizer that is attached to the model it trains, and keeps its curvature."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
+import tensorflow as tf
+from keras import ops
 
 from keras_kfac import validation
 from keras_kfac.attachment import Attachment, unattached_error
+from keras_kfac.curvature.coverage import Coverage
+from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.hyperparameters import ConfiguredOptimizer
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
+from keras_kfac.math.linalg import scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """What the first step finds out about the attached model."""
+
+    curvature: ModelCurvature
+    coverage: Coverage
+    covered: dict[int, keras.Variable]  # by index among the trained variables
 
 
 class AttachableOptimizer(ConfiguredOptimizer):
-    """Sees the layers of one model while that trains."""
+    """Sees the layers of one model while that trains, and keeps their curvature."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._attachment: Attachment | None = None
+        self._built: _Built | None = None
 
     def attach(
         self,
@@ -83,3 +101,83 @@ class AttachableOptimizer(ConfiguredOptimizer):
         if self._attachment is None:
             raise unattached_error()
         return self._attachment
+
+    # ---- Curvature ------------------------------------------------------------------------------
+
+    def coverage(self) -> Coverage:
+        """Tells for every layer with weights which curvature block covers it, or why none does.
+
+        After the first step the rows say what is the case, before it what is to be expected.
+
+        Raises:
+            RuntimeError: If the optimizer is not attached.
+            ValueError: If the model is not built yet.
+        """
+        if self._built is not None:
+            return self._built.coverage
+        attachment = self._require_attachment()
+        if not attachment.model.built:
+            raise ValueError(
+                "The layers of a model that is not built are not known yet. Build it or train one "
+                f"step first. Received: model {attachment.model.name!r}"
+            )
+        return attachment.plan(attachment.is_trained).rows
+
+    def condition_numbers(self) -> dict[str, float]:
+        """Condition number (in the 1-norm) of each layer's damped factors, by name of the layer.
+
+        As of the last refresh; empty before the first step. It is `κ(A) κ(G)`, that of the
+        Kronecker product. Above 1e7 or so, inverses in float32 lose all their digits.
+        """
+        return {} if self._built is None else self._built.curvature.condition_numbers()
+
+    @property
+    def _known(self) -> _Built:
+        if self._built is None:  # `apply` builds it; nothing else calls what needs it.
+            raise unattached_error()
+        return self._built
+
+    def _build_curvature(self, passes: Sequence[ForwardPass]) -> _Built:
+        if self._built is not None:
+            return self._built
+        attachment = self._require_attachment()
+        plan = attachment.plan(self.is_known, passes)
+        if not plan.adapters:
+            raise ValueError(
+                "K-FAC covers no layer of this model; use another optimizer. Received: model "
+                f"{attachment.model.name!r}\n{plan.rows}"
+            )
+        curvature = ModelCurvature(plan.adapters, self.model_variable)
+        covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
+        if self._has_momentum:
+            for index, variable in covered.items():
+                self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)
+        others = [i for i in range(len(self._trainable_variables)) if i not in covered]
+        self.build_fallback(others)
+        self._built = _Built(curvature, plan.rows, covered)
+        self.model_is_known = True
+        self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
+        return self._built
+
+    def _update_factors(
+        self, curvature: ModelCurvature, passes: Sequence[ForwardPass], loss: ModelLoss
+    ) -> None:
+        micro_steps = self.gradient_accumulation_steps or 1
+        is_first = tf.equal(self._iterations % micro_steps, 0)
+        # The micro-batches of one step form a plain mean.
+        decay = tf.where(is_first, scalar(self.factor_ema_decay, "float64"), 1.0)
+        seed = tf.stack([self.seed, tf.cast(self._iterations, tf.int32)])
+
+        def update() -> None:
+            curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
+
+        due = tf.equal(self.iterations % tf.convert_to_tensor(self._factor_update_period), 0)
+        ops.cond(due, update, lambda: None)
+
+    def _refresh(self) -> None:
+        curvature = self._known.curvature
+        if self._damping_rule is not None:
+            start = self._damping_rule.start(curvature.mean_eigenvalue())
+            is_first = tf.equal(self.iterations, 0) & self._adapts_damping.value
+            self._damping.assign(tf.where(is_first, scalar(start, "float64"), self._damping.value))
+        curvature.refresh(self.damping)

@@ -5,9 +5,11 @@ from typing import Any
 
 import keras
 
+from keras_kfac import validation
 from keras_kfac.optimizer import KFAC
 
 PeriodSchedule = int | Callable[[int], int]
+DampingSchedule = Callable[[int], float | str]
 
 
 class KFACCallback(keras.callbacks.Callback):
@@ -25,24 +27,42 @@ class KFACCallback(keras.callbacks.Callback):
             optimizer's at the start of each epoch. `None` leaves it.
         inverse_update_period: Likewise. Early in training curvature changes fast and frequent
             refreshes pay; later, rare ones do.
+        damping: Function of the epoch that gives the damping: a float fixes it, `"adaptive"` lets
+            it adapt itself (if the optimizer was created so). `None` leaves it.
+        unit: What the schedules count: `"epoch"`, or `"step"` for the steps that the optimizer has
+            taken. With `steps_per_execution` a schedule by steps acts between executions.
+
+    Raises:
+        ValueError: For an unknown unit.
 
     Example:
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     >>> model.compile(optimizer=KFAC(), loss="mse")
-    >>> callback = KFACCallback(inverse_update_period=lambda epoch: 10 if epoch == 0 else 50)
+    >>> callback = KFACCallback(
+    ...     inverse_update_period=lambda step: 5 if step < 100 else 50,
+    ...     damping=lambda step: "adaptive" if step < 1000 else 0.1,
+    ...     unit="step",
+    ... )
     >>> history = model.fit(np.eye(2), np.eye(2)[:, :1], epochs=2, verbose=0, callbacks=[callback])
     >>> model.optimizer.inverse_update_period
-    50
+    5
     """
 
     def __init__(
         self,
         factor_update_period: PeriodSchedule | None = None,
         inverse_update_period: PeriodSchedule | None = None,
+        damping: DampingSchedule | None = None,
+        unit: str = "epoch",
     ) -> None:
         super().__init__()
+        validation.check_damping_schedule(damping)
         self.factor_update_period = factor_update_period
         self.inverse_update_period = inverse_update_period
+        self.damping = damping
+        self.unit = validation.check_unit(unit)
+        self._step = 0
+        self._last: tuple[Any, ...] = ()  # what was applied last
 
     @property
     def optimizer(self) -> KFAC:
@@ -67,24 +87,44 @@ class KFACCallback(keras.callbacks.Callback):
         self.optimizer.attach(model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Applies the schedules of the update periods."""
+        """Applies the schedules."""
+        # Once an epoch steps are read from the optimizer; in between they are counted here.
+        self._step = int(self.optimizer.iterations.numpy())
+        self._last = ()
+        self._apply_schedules(epoch if self.unit == "epoch" else self._step)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Applies the schedules that count steps."""
+        if self.unit == "step":
+            micro_steps = self.optimizer.gradient_accumulation_steps or 1
+            self._apply_schedules(self._step + batch // micro_steps)
+
+    def _apply_schedules(self, count: int) -> None:
         optimizer = self.optimizer
-        optimizer.set_update_periods(
-            _at(self.factor_update_period, epoch, optimizer.factor_update_period),
-            _at(self.inverse_update_period, epoch, optimizer.inverse_update_period),
-        )
+        factor_period = _at(self.factor_update_period, count)
+        inverse_period = _at(self.inverse_update_period, count)
+        damping = None if self.damping is None else self.damping(count)
+        values = (factor_period, inverse_period, damping)
+        if values == self._last:
+            return
+        self._last = values
+        if factor_period is not None or inverse_period is not None:
+            optimizer.set_update_periods(
+                optimizer.factor_update_period if factor_period is None else factor_period,
+                optimizer.inverse_update_period if inverse_period is None else inverse_period,
+            )
+        if damping is not None:
+            optimizer.damping = damping
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Logs, and warns of problems."""
         optimizer = self.optimizer
         optimizer.report_problems()
         if logs is not None:
-            logs.update({name: float(value) for name, value in optimizer.last_step().items()})
+            logs.update(optimizer.last_step())
             for name in ("skipped_steps", "rejected_steps"):
                 logs[name] = int(getattr(optimizer, name).numpy())
 
 
-def _at(schedule: PeriodSchedule | None, epoch: int, current: int) -> int:
-    if schedule is None:
-        return current
-    return schedule(epoch) if callable(schedule) else schedule
+def _at(schedule: PeriodSchedule | None, count: int) -> int | None:
+    return schedule(count) if callable(schedule) else schedule

@@ -54,8 +54,7 @@ class LevenbergMarquardt:
         reject: bool = False,
     ) -> None:
         validation.check_damping_bounds(initial, minimum, maximum)
-        if validation.check_unit_interval("decay", decay) == 0:
-            raise ValueError(f"`decay` must be in (0, 1). Received: decay={decay!r}")
+        validation.check_open_unit_interval("decay", decay)
         validation.check_positive_int("period", period)
         self.initial = initial
         self.minimum = minimum

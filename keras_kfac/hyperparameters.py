@@ -37,7 +37,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
     ) -> None:
         fallback = validation.check_fallback(fallback)
         is_adaptive = isinstance(learning_rate, str) and learning_rate == ADAPTIVE
-        initial = 0.0 if is_adaptive else learning_rate
+        initial = 0.0 if is_adaptive else validation.check_learning_rate(learning_rate)
         super().__init__(fallback, learning_rate=initial, name=name, **kwargs)
         self._can_adapt_learning_rate = is_adaptive
         validation.check_unit_interval("factor_ema_decay", factor_ema_decay)
@@ -91,7 +91,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
         self._adapts_momentum = self._flag("adapts_momentum", momentum)
         self._momentum = self.add_variable((), dtype="float64", name="momentum")
         if not self._can_adapt_momentum:
-            self._momentum.assign(validation.check_unit_interval("momentum", momentum))
+            self._momentum.assign(validation.check_momentum(momentum))
         self._has_momentum = momentum != 0
 
     @property
@@ -108,7 +108,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
             _check_can_adapt("momentum", value, self._can_adapt_momentum)
             self._adapts_momentum.assign(True)
             return
-        validation.check_unit_interval("momentum", value)
+        validation.check_momentum(value)
         if value and not self._has_momentum:
             raise ValueError(
                 "This optimizer was created without momentum and keeps no velocities. "

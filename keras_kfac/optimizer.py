@@ -1,6 +1,5 @@
 """The K-FAC optimizer."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,28 +9,14 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.attachable import AttachableOptimizer
-from keras_kfac.attachment import unattached_error
-from keras_kfac.curvature.coverage import Coverage
-from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.hyperparameters import ADAPTIVE
-from keras_kfac.introspection.forward_pass import ForwardPass, instance_attribute
-from keras_kfac.introspection.losses import ModelLoss
-from keras_kfac.introspection.statistics import Fisher
+from keras_kfac.introspection.forward_pass import instance_attribute
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import kl_clip_scale, reduction_ratio
 from keras_kfac.problem_report import ProblemReport
 from keras_kfac.step_rule import Batch, StepRule, Tensors, all_finite, combination
-
-
-@dataclasses.dataclass(frozen=True)
-class _Built:
-    """What the first step finds out about the attached model."""
-
-    curvature: ModelCurvature
-    coverage: Coverage
-    covered: dict[int, keras.Variable]  # by index among the trained variables
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
@@ -66,7 +51,7 @@ class KFAC(AttachableOptimizer):
     A step whose gradients are not all finite is skipped whole and counted in `skipped_steps`.
 
     Args:
-        learning_rate: `"adaptive"`, or `α > 0`: float, `LearningRateSchedule` or callable, as for
+        learning_rate: `"adaptive"`, or `α >= 0`: number, `LearningRateSchedule` or callable, as for
             any Keras optimizer. `optimizer.learning_rate` shows the last adaptive one; assigning a
             float (by hand, or by `ReduceLROnPlateau`) fixes it. It multiplies `weight_decay`.
         damping: `"adaptive"`, or a `LevenbergMarquardt` rule, or `λ >= 0`, float or
@@ -152,56 +137,6 @@ class KFAC(AttachableOptimizer):
         self.step_kl = self.add_variable((), dtype="float64", name="step_kl")
         self._step_rule = StepRule(self.add_variable)
         self._report = ProblemReport()
-        self._built: _Built | None = None
-
-    # ---- What it knows of the model --------------------------------------------------------------
-
-    def coverage(self) -> Coverage:
-        """Tells for every layer with weights which curvature block covers it, or why none does.
-
-        After the first step the rows say what is the case, before it what is to be expected.
-
-        Raises:
-            RuntimeError: If the optimizer is not attached.
-            ValueError: If the model is not built yet.
-        """
-        if self._built is not None:
-            return self._built.coverage
-        attachment = self._require_attachment()
-        if not attachment.model.built:
-            raise ValueError(
-                "The layers of a model that is not built are not known yet. Build it or train one "
-                f"step first. Received: model {attachment.model.name!r}"
-            )
-        return attachment.plan(attachment.is_trained).rows
-
-    @property
-    def _known(self) -> _Built:
-        if self._built is None:  # `apply` builds it; nothing else calls what needs it.
-            raise unattached_error()
-        return self._built
-
-    def _build_curvature(self, passes: Sequence[ForwardPass]) -> _Built:
-        if self._built is not None:
-            return self._built
-        attachment = self._require_attachment()
-        plan = attachment.plan(self.is_known, passes)
-        if not plan.adapters:
-            raise ValueError(
-                "K-FAC covers no layer of this model; use another optimizer. Received: model "
-                f"{attachment.model.name!r}\n{plan.rows}"
-            )
-        curvature = ModelCurvature(plan.adapters, self.model_variable)
-        covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
-        if self._has_momentum:
-            for index, variable in covered.items():
-                self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)
-        others = [i for i in range(len(self._trainable_variables)) if i not in covered]
-        self.build_fallback(others)
-        self._built = _Built(curvature, plan.rows, covered)
-        self.model_is_known = True
-        self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
-        return self._built
 
     # ---- The step -------------------------------------------------------------------------------
 
@@ -222,11 +157,13 @@ class KFAC(AttachableOptimizer):
             if not self.built:
                 self.build(trainable_variables)
         passes = attachment.take_passes()
-        if self._damping_rule is not None:
-            for forward_pass in passes:
-                forward_pass.single_target()  # Raises if unknown, now and not at some later step.
-        built = self._build_curvature(passes)
         loss = attachment.loss()
+        # What is unknown raises here, and not in a branch of the step or at some later one.
+        if self.can_adapt:
+            _ = loss.known_likelihood
+        if self._damping_rule is not None:
+            _ = [forward_pass.single_target() for forward_pass in passes]
+        built = self._build_curvature(passes)
 
         def step() -> None:
             self._update_factors(built.curvature, passes, loss)
@@ -240,21 +177,6 @@ class KFAC(AttachableOptimizer):
             self.skipped_steps.assign_add(1)
 
         ops.cond(all_finite(grads), step, skip)
-
-    def _update_factors(
-        self, curvature: ModelCurvature, passes: Sequence[ForwardPass], loss: ModelLoss
-    ) -> None:
-        micro_steps = self.gradient_accumulation_steps or 1
-        is_first = tf.equal(self._iterations % micro_steps, 0)
-        # The micro-batches of one step form a plain mean.
-        decay = tf.where(is_first, scalar(self.factor_ema_decay, "float64"), 1.0)
-        seed = tf.stack([self.seed, tf.cast(self._iterations, tf.int32)])
-
-        def update() -> None:
-            curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
-
-        due = tf.equal(self.iterations % tf.convert_to_tensor(self._factor_update_period), 0)
-        ops.cond(due, update, lambda: None)
 
     def _unscaled(
         self, grads: Sequence[Any], variables: Sequence[keras.Variable]
@@ -300,14 +222,6 @@ class KFAC(AttachableOptimizer):
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Comes with the step: decoupled decay is no part of the model of the step."""
-
-    def _refresh(self) -> None:
-        curvature = self._known.curvature
-        if self._damping_rule is not None:
-            start = self._damping_rule.start(curvature.mean_eigenvalue())
-            is_first = tf.equal(self.iterations, 0) & self._adapts_damping.value
-            self._damping.assign(tf.where(is_first, scalar(start, "float64"), self._damping.value))
-        curvature.refresh(self.damping)
 
     def _covered_steps(self, gradients: Tensors, learning_rate: Any) -> tuple[Tensors, tf.Tensor]:
         """The steps of the covered variables, and whether they are to be taken."""
@@ -391,14 +305,16 @@ class KFAC(AttachableOptimizer):
 
         Returns:
             `learning_rate`, `momentum` and `damping`; `kl_clip_scale`, the factor that the KL clip
-            put on the step (1 is none); if anything adapts itself also `step_kl`, the KL divergence
+            put on the step (1 is none); `condition_number`, the largest of `condition_numbers`; if
+            anything adapts itself also `step_kl`, the KL divergence
             of the step in units of the loss, `signal_share`, and `reduction_ratio`, which the
             damping follows (both near 1 if the loss does as the quadratic model says).
         """
         names = ["learning_rate", "momentum", "damping", "kl_clip_scale"]
         if self.can_adapt:
             names += ["step_kl", "signal_share", "reduction_ratio"]
-        return {name: float(ops.convert_to_numpy(getattr(self, name))) for name in names}
+        values = {name: float(ops.convert_to_numpy(getattr(self, name))) for name in names}
+        return {**values, "condition_number": max(self.condition_numbers().values(), default=1.0)}
 
     def report_problems(self) -> None:
         """Warns of steps skipped and of factors not inverted since the last report.

@@ -24,6 +24,9 @@ _MAX_MOMENTUM = 0.95
 # Decay of the averages where batches tell next to nothing of each other; see `SignalShare`.
 _LONGEST_AVERAGE = 0.98
 _SMALLEST_SHARE = 0.01
+# The slope is discounted by this power of the signal share. Fitted, not derived: see
+# docs/step-control.md.
+_DISCOUNT_POWER = 0.25
 
 _SUM = tf.float64
 
@@ -114,7 +117,7 @@ class StepRule:
         """
         share = self.share.measure(model)
         average = self.average.include(model, _LONGEST_AVERAGE * tf.sqrt(1 - share))
-        discount = tf.stack([share**0.25, tf.ones((), _SUM)])
+        discount = tf.stack([share**_DISCOUNT_POWER, tf.ones((), _SUM)])
         return minimise(
             average.damped(damping),
             discount * average.gradient,

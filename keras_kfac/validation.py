@@ -18,6 +18,31 @@ def check_unit_interval(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_open_unit_interval(name: str, value: Any) -> None:
+    """Checks a number in (0, 1)."""
+    if not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
+        raise ValueError(f"`{name}` must be in (0, 1). Received: {name}={value!r}")
+
+
+def check_momentum(value: Any) -> float:
+    """Checks a number in [0, 1), where a word that means something else was possible."""
+    if isinstance(value, numbers.Real):
+        return check_unit_interval("momentum", value)
+    raise ValueError(f"`momentum` must be 'adaptive' or in [0, 1). Received: momentum={value!r}")
+
+
+def check_learning_rate(value: Any) -> Any:
+    """Checks a number `>= 0`, which becomes a float, a schedule or a callable."""
+    if isinstance(value, numbers.Real) and 0 <= float(value) < math.inf:
+        return float(value)
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule) or callable(value):
+        return value
+    raise ValueError(
+        "`learning_rate` must be 'adaptive', a finite number >= 0, a `keras.optimizers.schedules."
+        f"LearningRateSchedule` or a callable. Received: learning_rate={value!r}"
+    )
+
+
 def check_positive(name: str, value: float | None) -> None:
     """Checks a positive number, or `None`."""
     if value is None:
@@ -34,8 +59,8 @@ def check_damping(value: Any) -> float:
         number = math.nan
     if not 0 <= number < math.inf:
         raise ValueError(
-            "`damping` must be a number >= 0, or a `keras.optimizers.schedules."
-            f"LearningRateSchedule`. Received: damping={value!r}"
+            "`damping` must be 'adaptive', a `LevenbergMarquardt` rule, a number >= 0 or a "
+            f"`keras.optimizers.schedules.LearningRateSchedule`. Received: damping={value!r}"
         )
     return number
 
@@ -137,3 +162,19 @@ def check_trainable(
             "model, or after layers were added or unfrozen. "
             f"Received: unknown variables {unknown}"
         )
+
+
+def check_damping_schedule(value: Any) -> None:
+    """Checks a function, or `None`."""
+    if value is not None and not callable(value):
+        raise ValueError(
+            "The callback's `damping` must be a function of the epoch or step; give a constant to "
+            f"the optimizer. Received: damping={value!r}"
+        )
+
+
+def check_unit(value: str) -> str:
+    """Checks what schedules count."""
+    if value not in ("epoch", "step"):
+        raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: unit={value!r}")
+    return value

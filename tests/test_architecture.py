@@ -17,7 +17,7 @@ LAYERS = [
     ["hyperparameters"],
     ["attachable"],
     ["optimizer"],
-    ["callbacks"],
+    ["callbacks", "batches"],
     ["__init__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

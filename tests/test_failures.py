@@ -20,6 +20,10 @@ from tests import helpers
 # ---- Arguments ----------------------------------------------------------------------------------
 
 BAD_ARGUMENTS: list[tuple[str, Any]] = [
+    ("learning_rate", "adaptiv"),
+    ("learning_rate", None),
+    ("learning_rate", -0.1),
+    ("learning_rate", float("nan")),
     ("damping", -0.1),
     ("damping", float("nan")),
     ("damping", float("inf")),
@@ -55,6 +59,16 @@ def test_bad_argument_is_refused_by_name_with_its_value(name: str, value: Any) -
     with pytest.raises(ValueError, match=f"`{name}`.*Received: {name}=") as error:
         KFAC(**{name: value})
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "damping", "momentum"])
+def test_misspelt_adaptive_is_told_the_right_word(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be 'adaptive'.*={'adaptiv'!r}$"):
+        KFAC(**{name: "adaptiv"})
+
+
+def test_int_is_a_learning_rate() -> None:
+    assert float(KFAC(learning_rate=1).learning_rate) == 1.0
 
 
 SETTERS: dict[str, Callable[[KFAC], Any]] = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfac import KFAC, KFACCallback, LevenbergMarquardt
+from keras_kfac import KFAC, LevenbergMarquardt
 from tests import helpers
 
 SAVED, END = 5, 9  # A step that divides neither period, and the last one.
@@ -351,15 +351,6 @@ def test_factors_and_inverses_change_at_their_periods_only(
     for history, period in ((factors, factor_period), (inverses, inverse_period)):
         due = {t // steps_per_execution for t in range(9) if t % period == 0}
         assert changed_at(history) == sorted(due - {0})
-
-
-def test_callback_schedules_change_the_periods() -> None:
-    model = fresh("plain")
-    callback = KFACCallback(lambda epoch: 1 + epoch, lambda epoch: 5 * (1 + epoch))
-    x, y = helpers.vectors()
-    model.fit(x, y, epochs=3, callbacks=[callback], verbose=0)
-    assert model.optimizer.factor_update_period == 3
-    assert model.optimizer.inverse_update_period == 15
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "damping"])

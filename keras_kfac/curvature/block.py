@@ -29,6 +29,7 @@ class KroneckerBlock:
         input_inverse: `(A + π√λ I)⁻¹` as of the last successful refresh.
         output_inverse: `(G + √λ/π I)⁻¹` likewise.
         failed_refreshes: How often the damped factors were not positive definite.
+        condition_number: That of the damped `A ⊗ G` in the 1-norm, as of the same refresh.
     """
 
     def __init__(self, adapter: LayerAdapter, add_variable: AddVariable) -> None:
@@ -45,6 +46,7 @@ class KroneckerBlock:
         self.input_inverse = add_variable("input_inverse", a_shape, dtype, _identity)
         self.output_inverse = add_variable("output_inverse", g_shape, dtype, _identity)
         self.failed_refreshes = add_variable("failed_refreshes", (), "int32")
+        self.condition_number = add_variable("condition_number", (), dtype, "ones")
 
     def update(self, statistics: LayerStatistics, examples: tf.Tensor, decay: tf.Tensor) -> None:
         """Includes the factors of a batch in the moving averages, unless they are not finite."""
@@ -96,6 +98,11 @@ class KroneckerBlock:
         )
         self.input_inverse.assign(tf.where(succeeded, input_inverse, self.input_inverse))
         self.output_inverse.assign(tf.where(succeeded, output_inverse, self.output_inverse))
+        condition = tf.reduce_max(
+            linalg.condition_number(damped[0], input_inverse)
+            * linalg.condition_number(damped[1], output_inverse)
+        )
+        self.condition_number.assign(tf.where(succeeded, condition, self.condition_number))
         self.failed_refreshes.assign_add(tf.cast(tf.logical_not(succeeded), tf.int32))
 
     def precondition(self, gradients: Gradients) -> tuple[Gradients, tf.Tensor]:

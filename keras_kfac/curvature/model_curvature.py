@@ -86,6 +86,10 @@ class ModelCurvature:
         trace = tf.add_n([tf.cast(block.trace(), self._dtype) for block in self.blocks])
         return trace / sum(block.size for block in self.blocks)
 
+    def condition_numbers(self) -> dict[str, float]:
+        """Condition numbers of the damped blocks by name of the layer, as of the last refresh."""
+        return {b.adapter.layer.name: float(b.condition_number.numpy()) for b in self.blocks}
+
     def failed_refreshes(self) -> dict[str, int]:
         """Layers whose damped factors could not be inverted, and how often."""
         counts = {b.adapter.layer.name: int(b.failed_refreshes.numpy()) for b in self.blocks}
