@@ -163,7 +163,7 @@ def run(name: str, optimizer: keras.optimizers.Optimizer, data: dict, args, seed
 def measure(args: argparse.Namespace) -> dict:
     """All runs."""
     data, runs = load(args), []
-    for name in PROBLEMS:
+    for name in (name for name in PROBLEMS if args.problem in name):
         for seed in args.seeds:
             runs.append(
                 {"problem": name, "optimizer": "KFAC()"} | run(name, KFAC(), data, args, seed)
@@ -208,15 +208,21 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measures, or reports what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str, seconds: float, seeds: list[int]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--mnist", type=Path, help=".npz file in place of the download")
     parser.add_argument("--fashion", type=Path, help=".npz file in place of the download")
-    parser.add_argument("--seconds", type=float, default=120.0, help="for each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    parser.add_argument("--problem", default="", help="only problems whose names contain this")
     parser.add_argument("--report", action="store_true", help="only print the table")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, or reports what was measured."""
+    args = arguments(__doc__.splitlines()[0], seconds=120.0, seeds=[1, 2, 3])
     path = ROOT / "benchmarks" / "results" / "defaults.json"
     if not args.report:
         path.write_text(json.dumps(measure(args), indent=1))

@@ -124,10 +124,11 @@ class AttachableOptimizer(ConfiguredOptimizer):
         return attachment.plan(attachment.is_trained).rows
 
     def condition_numbers(self) -> dict[str, float]:
-        """Condition number (in the 1-norm) of each layer's damped factors, by name of the layer.
+        """Condition number (in the 1-norm) of each layer's damped `A ⊗ G`.
 
-        As of the last refresh; empty before the first step. It is `κ(A) κ(G)`, that of the
-        Kronecker product. Above 1e7 or so, inverses in float32 lose all their digits.
+        By path of the layer, as in `coverage()`, as of the last refresh; empty before the first
+        step. It is the product of those of the two factors, each of which float32 can invert up
+        to 1e7 or so.
         """
         return {} if self._built is None else self._built.curvature.condition_numbers()
 

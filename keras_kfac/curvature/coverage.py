@@ -7,7 +7,7 @@ from typing import NamedTuple
 import keras
 
 from keras_kfac import _keras_internals
-from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.adapters import LayerAdapter, layer_path
 from keras_kfac.introspection.registry import find_adapter
 
 
@@ -88,8 +88,7 @@ def plan_coverage(
             adapters.append(adapter)
         block = "frozen" if not trained else "fallback" if adapter is None else "kronecker"
         count = sum(int(v.value.shape.num_elements()) for v in trained)
-        name = getattr(layer, "path", None) or layer.name
-        rows.append(CoverageRow(name, type(layer).__name__, count, block, reason))
+        rows.append(CoverageRow(layer_path(layer), type(layer).__name__, count, block, reason))
     return CoveragePlan(adapters, rows)
 
 

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac.curvature.block import AddVariable, KroneckerBlock
-from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter, layer_path
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher, collect
@@ -87,8 +87,8 @@ class ModelCurvature:
         return trace / sum(block.size for block in self.blocks)
 
     def condition_numbers(self) -> dict[str, float]:
-        """Condition numbers of the damped blocks by name of the layer, as of the last refresh."""
-        return {b.adapter.layer.name: float(b.condition_number.numpy()) for b in self.blocks}
+        """Condition numbers of the damped blocks by path of the layer, as of the last refresh."""
+        return {layer_path(b.adapter.layer): float(b.condition_number) for b in self.blocks}
 
     def failed_refreshes(self) -> dict[str, int]:
         """Layers whose damped factors could not be inverted, and how often."""

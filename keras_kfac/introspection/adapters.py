@@ -19,6 +19,11 @@ Gradients = dict[int, tf.Tensor]
 """Gradients (or directions) of a layer's variables, by `id` of the variable."""
 
 
+def layer_path(layer: keras.Layer) -> str:
+    """What a layer is called in reports: its place in the model, where Keras knows one."""
+    return getattr(layer, "path", None) or layer.name
+
+
 class LayerAdapter(abc.ABC):
     """A layer with a kernel, a bias, or both, and an affine map in between.
 
