@@ -10,6 +10,7 @@ Every curve is written to a JSON file with the environment; `--report` prints th
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -160,20 +161,20 @@ def run(name: str, optimizer: keras.optimizers.Optimizer, data: dict, args, seed
     return {"seed": seed, "first_two_steps_seconds": clock.first, "curve": clock.curve}
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """All runs."""
-    data, runs = load(args), []
-    for name in (name for name in PROBLEMS if args.problem in name):
-        for seed in args.seeds:
-            runs.append(
-                {"problem": name, "optimizer": "KFAC()"} | run(name, KFAC(), data, args, seed)
-            )
-            for rate in ADAM_RATES:
-                optimizer = keras.optimizers.Adam(rate)
-                result = run(name, optimizer, data, args, seed)
-                runs.append({"problem": name, "optimizer": f"Adam {rate:g}"} | result)
-                print(name, runs[-1]["optimizer"], result["curve"][-1], flush=True)
-    return {"environment": environment(), "seconds": args.seconds, "runs": runs}
+def measure(args: argparse.Namespace, path: Path) -> None:
+    """All runs, each written when it ends; those of other problems in the file stay."""
+    data = load(args)
+    problems = [name for name in PROBLEMS if args.problem in name]
+    old = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = [run for run in old if run["problem"] not in problems]
+    for name, seed in itertools.product(problems, args.seeds):
+        for optimizer in (KFAC(), *(keras.optimizers.Adam(rate) for rate in ADAM_RATES)):
+            is_kfac = isinstance(optimizer, KFAC)
+            label = "KFAC()" if is_kfac else f"Adam {float(optimizer.learning_rate):g}"
+            result = run(name, optimizer, data, args, seed)
+            runs.append({"problem": name, "optimizer": label} | result)
+            path.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
+            print(name, label, result["curve"][-1], flush=True)
 
 
 def reached(curve: list, target: float) -> float:
@@ -200,7 +201,8 @@ def report(result: dict) -> str:
         cost = {o: median(lambda r: 1000 * r["curve"][-1][0] / r["curve"][-1][1], o) for o in final}
         time_to = median(lambda r, target=target: reached(r["curve"], target), "KFAC()")
         is_there = np.isfinite(time_to)
-        share = f"{time_to / result['seconds']:.2f} of its" if is_there else "not reached"
+        adam_seconds = median(lambda r: r["curve"][-1][0], best)  # Problems may differ in this.
+        share = f"{time_to / adam_seconds:.2f} of its" if is_there else "not reached"
         lines.append(
             f"| {name} | {best.removeprefix('Adam ')} | {target:.4f} | {final['KFAC()']:.4f} "
             f"| {share} | {cost['KFAC()']:.1f} / {cost[best]:.1f} |"
@@ -225,7 +227,7 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0], seconds=120.0, seeds=[1, 2, 3])
     path = ROOT / "benchmarks" / "results" / "defaults.json"
     if not args.report:
-        path.write_text(json.dumps(measure(args), indent=1))
+        measure(args, path)
     print(report(json.loads(path.read_text())))
 
 
