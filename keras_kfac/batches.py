@@ -42,16 +42,18 @@ def growing_batches(data: Any, batch_size: BatchSize, seed: int | None = 0) -> t
     Source: Martens & Grosse (2015), arXiv:1503.05671, section 13: exponentially growing batches, as
     `keras.optimizers.schedules.ExponentialDecay(1000, 500, decay_rate=4.5)` gives them.
     """
+    if not callable(batch_size):
+        raise ValueError(
+            "`batch_size` must be a function of the step, and several arrays one tuple: "
+            "`growing_batches((x, y), batch_size)`. "
+            f"Received: batch_size of type {type(batch_size).__name__!r}"
+        )
     arrays = tf.nest.map_structure(np.asarray, data)
     sizes = {len(array) if array.ndim else 0 for array in tf.nest.flatten(arrays)}
     if len(sizes) != 1 or sizes == {0}:
         raise ValueError(
             "All arrays must have the same number of examples, at least one. Received: "
             f"{sorted(sizes)} examples"
-        )
-    if not callable(batch_size):
-        raise ValueError(
-            f"`batch_size` must be a function of the step. Received: batch_size={batch_size!r}"
         )
     (examples,) = sizes
     tensors = tf.nest.map_structure(tf.convert_to_tensor, arrays)

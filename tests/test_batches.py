@@ -77,7 +77,8 @@ def test_fit_trains_on_them_without_tracing_again(steps_per_execution):
     [
         ((np.ones(3), np.ones(4)), lambda step: 2, r"same number of examples.*: \[3, 4\]"),
         (np.ones((0, 2)), lambda step: 2, r"at least one. Received: \[0\]"),
-        (np.ones(3), 2, "must be a function of the step. Received: batch_size=2"),
+        (np.ones(3), 2, "must be a function of the step.*of type 'int'"),
+        (np.ones(3), np.ones(3), r"several arrays one tuple.*of type 'ndarray'$"),
     ],
 )
 def test_bad_input_is_refused(data, batch_size, message):
