@@ -172,8 +172,17 @@ class AttachableOptimizer(ConfiguredOptimizer):
         def update() -> None:
             curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
 
-        due = tf.equal(self.iterations % tf.convert_to_tensor(self._factor_update_period), 0)
-        ops.cond(due, update, lambda: None)
+        ops.cond(self._is_due(self._factor_update_period), update, lambda: None)
+
+    def _is_due(self, period: keras.Variable) -> tf.Tensor:
+        """Whether it is time for what happens once in so many steps.
+
+        While the damping finds its scale, inverses have to follow it: then also at the steps 1, 2,
+        4, 8 and so on before the first period is over.
+        """
+        step, period = tf.cast(self.iterations, tf.int64), tf.cast(period.value, tf.int64)
+        is_early = (step < period) & tf.equal(tf.bitwise.bitwise_and(step, step - 1), 0)
+        return tf.equal(step % period, 0) | (is_early & self._adapts_damping.value)
 
     def _refresh(self) -> None:
         curvature = self._known.curvature

@@ -8,8 +8,10 @@ import tensorflow as tf
 from keras_kfac import validation
 from keras_kfac.math.step_control import levenberg_marquardt
 
-# Relative to the mean eigenvalue of the Fisher matrix: well above it, for short first steps.
-_RELATIVE_START = 100.0
+# Relative to the mean eigenvalue of the Fisher matrix: above it, for short first steps.
+_RELATIVE_START = 10.0
+# In these first steps the damping adapts at every step, for nothing is known of its scale yet.
+START_STEPS = 20
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
@@ -77,9 +79,14 @@ class LevenbergMarquardt:
         maximum = damping.dtype.max if self.maximum is None else self.maximum
         return levenberg_marquardt(damping, ratio, self.decay**self.period, minimum, maximum)
 
-    def accepts(self, change: tf.Tensor) -> tf.Tensor:
+    def is_due(self, iterations: tf.Tensor) -> tf.Tensor:
+        """Whether the damping adapts at this step."""
+        return tf.equal((iterations + 1) % self.period, 0) | (iterations < START_STEPS)
+
+    def accepts(self, change: tf.Tensor, iterations: tf.Tensor) -> tf.Tensor:
         """Whether a step that changes the loss so is taken."""
-        return change <= 0 if self.reject else tf.math.is_finite(change)
+        rejects = tf.constant(self.reject) | (iterations < START_STEPS)
+        return tf.where(rejects, change <= 0, tf.math.is_finite(change))
 
     def get_config(self) -> dict[str, Any]:
         """Arguments to create the same object again."""

@@ -192,8 +192,7 @@ class KFAC(AttachableOptimizer):
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
-        due = tf.equal(self.iterations % tf.convert_to_tensor(self._inverse_update_period), 0)
-        ops.cond(due, self._refresh, lambda: None)
+        ops.cond(self._is_due(self._inverse_update_period), self._refresh, lambda: None)
 
         gradients, others = {}, []
         for gradient, variable in zip(grads, trainable_variables):
@@ -245,6 +244,8 @@ class KFAC(AttachableOptimizer):
         if model is not None and self._damping_rule is not None:
             predicted = model.change(coefficients)
             accepted = self._adapt_damping(self._damping_rule, predicted, variables, steps)
+        if model is not None:
+            self._step_rule.share.remember(model, coefficients, accepted)
         return steps, accepted
 
     def _coefficients(
@@ -265,7 +266,6 @@ class KFAC(AttachableOptimizer):
             self.kl_clip_scale.assign(clip)
             coefficients *= tf.stack([clip, tf.ones_like(clip)])
         if model is not None:
-            self._step_rule.share.remember(model, coefficients)
             self.step_kl.assign(model.kl(coefficients))
         return coefficients
 
@@ -286,11 +286,11 @@ class KFAC(AttachableOptimizer):
             share = tf.convert_to_tensor(self.signal_share.value)
             self.reduction_ratio.assign(ratio)
             self._damping.assign(rule.next(self._damping.value, ratio, scale, share))
-            accepted = rule.accepts(change)
+            accepted = rule.accepts(change, self.iterations)
             self.rejected_steps.assign_add(tf.where(accepted, 0, 1))
             return accepted
 
-        due = tf.equal((self.iterations + 1) % rule.period, 0) & self._adapts_damping.value
+        due = rule.is_due(self.iterations) & self._adapts_damping.value
         return ops.cond(due, adapt, lambda: tf.constant(True))
 
     @property

@@ -24,6 +24,8 @@ _MAX_MOMENTUM = 0.95
 # Decay of the averages where batches tell next to nothing of each other; see `SignalShare`.
 _LONGEST_AVERAGE = 0.98
 _SMALLEST_SHARE = 0.01
+# The model is averaged over `1 + c (noise / signal)` steps.
+_TOLERATED_NOISE = 0.5
 # The slope is discounted by this power of the signal share. Fitted, not derived: see
 # docs/step-control.md.
 _DISCOUNT_POWER = 0.25
@@ -116,7 +118,8 @@ class StepRule:
             is_free: Whether each is to be solved for.
         """
         share = self.share.measure(model)
-        average = self.average.include(model, _LONGEST_AVERAGE * tf.sqrt(1 - share))
+        noise = _TOLERATED_NOISE * (1 - share)
+        average = self.average.include(model, noise / (share + noise))
         discount = tf.stack([share**_DISCOUNT_POWER, tf.ones((), _SUM)])
         return minimise(
             average.damped(damping),
@@ -188,8 +191,11 @@ class SignalShare:
             variable.assign(value)
         return share
 
-    def remember(self, model: QuadraticModel, coefficients: tf.Tensor) -> None:
-        """Notes what the step with these coefficients promises."""
-        promise, known = tf.unstack(coefficients * model.gradient)
+    def remember(
+        self, model: QuadraticModel, coefficients: tf.Tensor, accepted: tf.Tensor
+    ) -> None:
+        """Notes what the step with these coefficients promises; nothing if it is not taken."""
+        promises = tf.where(accepted, coefficients * model.gradient, tf.zeros((), _SUM))
+        promise, known = tf.unstack(promises)
         self._last_promise.assign(promise)
         self._last_known.assign(known)
