@@ -182,7 +182,10 @@ class AttachableOptimizer(ConfiguredOptimizer):
         """
         step, period = tf.cast(self.iterations, tf.int64), tf.cast(period.value, tf.int64)
         is_early = (step < period) & tf.equal(tf.bitwise.bitwise_and(step, step - 1), 0)
-        return tf.equal(step % period, 0) | (is_early & self._adapts_damping.value)
+        rule = self._damping_rule
+        if rule is not None and rule.finds_its_scale:
+            return tf.equal(step % period, 0) | (is_early & self._adapts_damping.value)
+        return tf.equal(step % period, 0)
 
     def _refresh(self) -> None:
         curvature = self._known.curvature

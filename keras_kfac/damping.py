@@ -10,8 +10,8 @@ from keras_kfac.math.step_control import levenberg_marquardt
 
 # Relative to the mean eigenvalue of the Fisher matrix: above it, for short first steps.
 _RELATIVE_START = 10.0
-# In these first steps the damping adapts at every step, for nothing is known of its scale yet.
-START_STEPS = 20
+# Without `initial` nothing is known of the scale: in so many first steps it is looked for.
+_START_STEPS = 20
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
@@ -23,8 +23,10 @@ class LevenbergMarquardt:
     damping; a ratio below ¼, a rising loss or a NaN raises it.
 
     Args:
-        initial: Damping to start with, in units of the loss per squared weight. `None` takes 100
-            times the mean eigenvalue of the Fisher matrix of the first batch.
+        initial: Damping to start with, in units of the loss per squared weight. `None` takes 10
+            times the mean eigenvalue of the Fisher matrix of the first batch, and finds the scale
+            in the first 20 steps: each of them adapts the damping, and is undone if it raises the
+            loss of its batch; inverses are also refreshed at steps 1, 2, 4, 8 and so on.
         minimum: Floor of the damping. `None` takes the mean eigenvalue, as it is at the time, times
             the square of the share of noise in the steps (1 less `KFAC.signal_share`): what lies
             below is not known from small batches.
@@ -81,12 +83,20 @@ class LevenbergMarquardt:
 
     def is_due(self, iterations: tf.Tensor) -> tf.Tensor:
         """Whether the damping adapts at this step."""
-        return tf.equal((iterations + 1) % self.period, 0) | (iterations < START_STEPS)
+        return tf.equal((iterations + 1) % self.period, 0) | self._is_start(iterations)
 
     def accepts(self, change: tf.Tensor, iterations: tf.Tensor) -> tf.Tensor:
         """Whether a step that changes the loss so is taken."""
-        rejects = tf.constant(self.reject) | (iterations < START_STEPS)
+        rejects = tf.constant(self.reject) | self._is_start(iterations)
         return tf.where(rejects, change <= 0, tf.math.is_finite(change))
+
+    def _is_start(self, iterations: tf.Tensor) -> tf.Tensor:
+        return tf.constant(self.finds_its_scale) & (iterations < _START_STEPS)
+
+    @property
+    def finds_its_scale(self) -> bool:
+        """Whether the first 20 steps look for the scale of the damping."""
+        return self.initial is None
 
     def get_config(self) -> dict[str, Any]:
         """Arguments to create the same object again."""

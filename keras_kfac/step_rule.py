@@ -191,9 +191,7 @@ class SignalShare:
             variable.assign(value)
         return share
 
-    def remember(
-        self, model: QuadraticModel, coefficients: tf.Tensor, accepted: tf.Tensor
-    ) -> None:
+    def remember(self, model: QuadraticModel, coefficients: tf.Tensor, accepted: tf.Tensor) -> None:
         """Notes what the step with these coefficients promises; nothing if it is not taken."""
         promises = tf.where(accepted, coefficients * model.gradient, tf.zeros((), _SUM))
         promise, known = tf.unstack(promises)
