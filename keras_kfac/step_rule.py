@@ -21,8 +21,8 @@ Tensors = Mapping[int, tf.Tensor]
 BATCH_FRACTION = 0.25
 # A solved momentum beyond this means that the model can't tell the directions apart.
 _MAX_MOMENTUM = 0.95
-# Decay of the averages where batches tell next to nothing of each other; see `SignalShare`.
-_LONGEST_AVERAGE = 0.98
+# Decay of the sums in `SignalShare`.
+_SHARE_DECAY = 0.98
 _SMALLEST_SHARE = 0.01
 # The model is averaged over `1 + c (noise / signal)` steps.
 _TOLERATED_NOISE = 0.5
@@ -178,8 +178,8 @@ class SignalShare:
         promise = tf.convert_to_tensor(self._last_promise.value)
         found = model.gradient[1] - model.curvature[1, 1] - self._last_known.value
         counts = (promise < 0) & tf.math.is_finite(promise) & tf.math.is_finite(found)
-        confirmed = _LONGEST_AVERAGE * self._confirmed.value + tf.where(counts, found, 0)
-        promised = _LONGEST_AVERAGE * self._promised.value + tf.where(counts, promise, 0)
+        confirmed = _SHARE_DECAY * self._confirmed.value + tf.where(counts, found, 0)
+        promised = _SHARE_DECAY * self._promised.value + tf.where(counts, promise, 0)
         known = promised < 0
         share = tf.where(known, confirmed / tf.where(known, promised, 1), 1)
         share = tf.clip_by_value(share, _SMALLEST_SHARE, 1)

@@ -549,3 +549,45 @@ def test_callback_is_the_same_step_as_attach():
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=callbacks)
         weights.append(helpers.weights(model))
     helpers.assert_same(*weights)
+
+
+def overshooting(**kwargs):
+    """KFAC whose first step would overshoot: its rate is far too large."""
+    rule = LevenbergMarquardt(**kwargs)
+    return helpers.kfac(learning_rate=1e4, damping=rule, momentum=0.0, kl_clip=None)
+
+
+def test_first_steps_look_for_the_scale_of_the_damping_and_undo_what_raises_the_loss():
+    model = helpers.compiled(helpers.mlp(), overshooting())
+    before = helpers.weights(model)
+    helpers.fit(model, helpers.vectors(3 * helpers.BATCH))
+    optimizer = model.optimizer
+    assert int(optimizer.rejected_steps) == 3
+    for old, new in zip(before, helpers.weights(model)):
+        np.testing.assert_array_equal(old, new)
+    start = 10 * float(optimizer._known.curvature.mean_eigenvalue())
+    assert float(optimizer.damping) > 1.5 * start  # raised three times, by 1 / 0.95^5 each
+
+
+def test_damping_with_a_given_start_looks_for_nothing():
+    model = helpers.compiled(helpers.mlp(), overshooting(initial=8.0))
+    helpers.fit(model, helpers.vectors(3 * helpers.BATCH))
+    assert float(model.optimizer.damping) == 8.0
+    assert int(model.optimizer.rejected_steps) == 0
+
+
+@pytest.mark.parametrize(
+    ("damping", "refreshed"),
+    [("adaptive", [0, 1, 2, 4, 6, 12]), (LevenbergMarquardt(initial=8.0), [0, 6, 12])],
+)
+def test_inverses_follow_the_damping_that_finds_its_scale(damping, refreshed):
+    optimizer = helpers.kfac(damping=damping, momentum=0.0, inverse_update_period=6)
+    model = helpers.compiled(helpers.mlp(), optimizer)
+    found, old = [], None
+    for step, batch in enumerate(helpers.batches(helpers.vectors(14 * helpers.BATCH))):
+        helpers.train_on_batches(model, batch)
+        new = optimizer.condition_numbers()
+        if new != old:
+            found.append(step)
+        old = new
+    assert found == refreshed
