@@ -18,7 +18,7 @@ Tensors = Mapping[int, tf.Tensor]
 
 # The model takes its curvature on this part of the batch: its noise is small beside that of the
 # gradient, and forward-mode products cost as much as forward passes.
-BATCH_FRACTION = 0.25
+BATCH_FRACTION = 0.125
 # A solved momentum beyond this means that the model can't tell the directions apart.
 _MAX_MOMENTUM = 0.95
 # Decay of the sums in `SignalShare`.
