@@ -6,13 +6,17 @@ from keras_kfac.callbacks import KFACCallback
 from keras_kfac.curvature.coverage import Coverage, CoverageRow
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.optimizer import KFAC
+from keras_kfac.plateau import DampingOnPlateau
+from keras_kfac.staleness import StalenessSchedule
 
 __all__ = [
     "KFAC",
     "Coverage",
     "CoverageRow",
+    "DampingOnPlateau",
     "KFACCallback",
     "LevenbergMarquardt",
+    "StalenessSchedule",
     "__version__",
     "growing_batches",
 ]

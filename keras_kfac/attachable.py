@@ -17,6 +17,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.math.linalg import scalar
+from keras_kfac.settings import value_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
         super().__init__(*args, **kwargs)
         self._attachment: Attachment | None = None
         self._built: _Built | None = None
+        self._burnt_in = self.add_variable((), dtype="int64", name="burnt_in")
 
     def attach(
         self,
@@ -132,6 +134,14 @@ class AttachableOptimizer(ConfiguredOptimizer):
         """
         return {} if self._built is None else self._built.curvature.condition_numbers()
 
+    def staleness(self) -> dict[str, float]:
+        """By how much the last refresh changed each layer's inverse of the damped `A ⊗ G`.
+
+        Relative, in the Frobenius norm, by path of the layer; empty before the first step. A small
+        one says that inverses can be refreshed more rarely.
+        """
+        return {} if self._built is None else self._built.curvature.staleness()
+
     @property
     def _known(self) -> _Built:
         if self._built is None:  # `apply` builds it; nothing else calls what needs it.
@@ -148,7 +158,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 "K-FAC covers no layer of this model; use another optimizer. Received: model "
                 f"{attachment.model.name!r}\n{plan.rows}"
             )
-        curvature = ModelCurvature(plan.adapters, self.model_variable)
+        curvature = ModelCurvature(plan.adapters, self.model_variable, self.exact_damping)
         covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
         if self._has_momentum:
             for index, variable in covered.items():
@@ -166,13 +176,31 @@ class AttachableOptimizer(ConfiguredOptimizer):
         micro_steps = self.gradient_accumulation_steps or 1
         is_first = tf.equal(self._iterations % micro_steps, 0)
         # The micro-batches of one step form a plain mean.
-        decay = tf.where(is_first, scalar(self.factor_ema_decay, "float64"), 1.0)
+        decay = scalar(value_at(self.factor_ema_decay, self.iterations), "float64")
+        decay = tf.where(is_first, decay, 1.0)
         seed = tf.stack([self.seed, tf.cast(self._iterations, tf.int32)])
 
         def update() -> None:
             curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
 
         ops.cond(self._is_due(self._factor_update_period), update, lambda: None)
+
+    def _burn_in(
+        self, curvature: ModelCurvature, passes: Sequence[ForwardPass], loss: ModelLoss
+    ) -> None:
+        """Includes the factors of a batch in their plain average."""
+        draw = -1 - tf.cast(self._burnt_in, tf.int32)  # Steps draw with 0, 1 and so on.
+        seed = tf.stack([self.seed, draw])
+        curvature.update(passes, loss, Fisher(self.fisher), seed, tf.ones(()))
+        self._burnt_in.assign_add(1)
+
+    def _is_burning_in(self) -> tf.Tensor:
+        return self._burnt_in.value < self.burn_in_steps
+
+    @property
+    def burn_in_steps_left(self) -> int:
+        """How many batches are still to go into the factors alone."""
+        return max(0, self.burn_in_steps - int(self._burnt_in.numpy()))
 
     def _is_due(self, period: keras.Variable) -> tf.Tensor:
         """Whether it is time for what happens once in so many steps.
@@ -184,13 +212,5 @@ class AttachableOptimizer(ConfiguredOptimizer):
         is_early = (step < period) & tf.equal(tf.bitwise.bitwise_and(step, step - 1), 0)
         rule = self._damping_rule
         if rule is not None and rule.finds_its_scale:
-            return tf.equal(step % period, 0) | (is_early & self._adapts_damping.value)
+            return tf.equal(step % period, 0) | (is_early & self._damping.adapts.value)
         return tf.equal(step % period, 0)
-
-    def _refresh(self) -> None:
-        curvature = self._known.curvature
-        if self._damping_rule is not None:
-            start = self._damping_rule.start(curvature.mean_eigenvalue())
-            is_first = tf.equal(self.iterations, 0) & self._adapts_damping.value
-            self._damping.assign(tf.where(is_first, scalar(start, "float64"), self._damping.value))
-        curvature.refresh(self.damping)

@@ -7,6 +7,7 @@ import keras
 
 from keras_kfac import validation
 from keras_kfac.optimizer import KFAC
+from keras_kfac.staleness import StalenessSchedule
 
 PeriodSchedule = int | Callable[[int], int]
 DampingSchedule = Callable[[int], float | str]
@@ -25,8 +26,8 @@ class KFACCallback(keras.callbacks.Callback):
     Args:
         factor_update_period: Int, or function of the epoch (counted from 0), that replaces the
             optimizer's at the start of each epoch. `None` leaves it.
-        inverse_update_period: Likewise. Early in training curvature changes fast and frequent
-            refreshes pay; later, rare ones do.
+        inverse_update_period: Likewise, or a `StalenessSchedule`. Early in training curvature
+            changes fast and frequent refreshes pay; later, rare ones do.
         damping: Function of the epoch that gives the damping: a float fixes it, `"adaptive"` lets
             it adapt itself (if the optimizer was created so). `None` leaves it.
         unit: What the schedules count: `"epoch"`, or `"step"` for the steps that the optimizer has
@@ -51,7 +52,7 @@ class KFACCallback(keras.callbacks.Callback):
     def __init__(
         self,
         factor_update_period: PeriodSchedule | None = None,
-        inverse_update_period: PeriodSchedule | None = None,
+        inverse_update_period: PeriodSchedule | StalenessSchedule | None = None,
         damping: DampingSchedule | None = None,
         unit: str = "epoch",
     ) -> None:
@@ -62,6 +63,7 @@ class KFACCallback(keras.callbacks.Callback):
         self.damping = damping
         self.unit = validation.check_unit(unit)
         self._step = 0
+        self._next_look = 0  # at the staleness
         self._last: tuple[Any, ...] = ()  # what was applied last
 
     @property
@@ -71,15 +73,7 @@ class KFACCallback(keras.callbacks.Callback):
         Raises:
             ValueError: If the model is compiled with another optimizer.
         """
-        optimizer = self.model.optimizer
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer = optimizer.inner_optimizer
-        if not isinstance(optimizer, KFAC):
-            raise ValueError(
-                "`KFACCallback` needs a model compiled with `optimizer=keras_kfac.KFAC(...)`. "
-                f"Received: optimizer={optimizer!r}"
-            )
-        return optimizer
+        return kfac_of(self.model)
 
     def set_model(self, model: keras.Model) -> None:
         """Attaches the optimizer before anything is traced."""
@@ -90,19 +84,25 @@ class KFACCallback(keras.callbacks.Callback):
         """Applies the schedules."""
         # Once an epoch steps are read from the optimizer; in between they are counted here.
         self._step = int(self.optimizer.iterations.numpy())
+        self._burn_in = self.optimizer.burn_in_steps_left
         self._last = ()
+        self._next_look = 0
         self._apply_schedules(epoch if self.unit == "epoch" else self._step)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Applies the schedules that count steps."""
         if self.unit == "step":
             micro_steps = self.optimizer.gradient_accumulation_steps or 1
-            self._apply_schedules(self._step + batch // micro_steps)
+            self._apply_schedules(self._step + max(0, batch - self._burn_in) // micro_steps)
 
     def _apply_schedules(self, count: int) -> None:
         optimizer = self.optimizer
+        if isinstance(self.inverse_update_period, StalenessSchedule):
+            self._follow_staleness(self.inverse_update_period, count)
+            inverse_period = None
+        else:
+            inverse_period = _at(self.inverse_update_period, count)
         factor_period = _at(self.factor_update_period, count)
-        inverse_period = _at(self.inverse_update_period, count)
         damping = None if self.damping is None else self.damping(count)
         values = (factor_period, inverse_period, damping)
         if values == self._last:
@@ -116,6 +116,17 @@ class KFACCallback(keras.callbacks.Callback):
         if damping is not None:
             optimizer.damping = damping
 
+    def _follow_staleness(self, schedule: StalenessSchedule, count: int) -> None:
+        if count < self._next_look:
+            return
+        optimizer = self.optimizer
+        factor_period, period = optimizer.factor_update_period, optimizer.inverse_update_period
+        new = schedule.next(period, optimizer.staleness())
+        # Then there is news.
+        self._next_look = count + (new if self.unit == "step" else 1)
+        if new != period:
+            optimizer.set_update_periods(max(1, factor_period * new // period), new)
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Logs, and warns of problems."""
         optimizer = self.optimizer
@@ -128,3 +139,20 @@ class KFACCallback(keras.callbacks.Callback):
 
 def _at(schedule: PeriodSchedule | None, count: int) -> int | None:
     return schedule(count) if callable(schedule) else schedule
+
+
+def kfac_of(model: keras.Model) -> KFAC:
+    """The model's K-FAC optimizer, inside a `LossScaleOptimizer` or not.
+
+    Raises:
+        ValueError: If the model is compiled with another optimizer.
+    """
+    optimizer = model.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    if not isinstance(optimizer, KFAC):
+        raise ValueError(
+            "`KFACCallback` needs a model compiled with `optimizer=keras_kfac.KFAC(...)`. "
+            f"Received: optimizer={optimizer!r}"
+        )
+    return optimizer

@@ -1,15 +1,20 @@
 """How the damping adapts itself."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
 from keras_kfac import validation
+from keras_kfac.math.linalg import scalar
 from keras_kfac.math.step_control import levenberg_marquardt
 
 # Relative to the mean eigenvalue of the Fisher matrix: above it, for short first steps.
 _RELATIVE_START = 10.0
+CALIBRATED = "calibrated"
+# What calibration tries, relative to the mean eigenvalue.
+_CALIBRATION = (1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
 # Without `initial` nothing is known of the scale: in so many first steps it is looked for.
 _START_STEPS = 20
 
@@ -27,6 +32,9 @@ class LevenbergMarquardt:
             times the mean eigenvalue of the Fisher matrix of the first batch, and finds the scale
             in the first 20 steps: each of them adapts the damping, and is undone if it raises the
             loss of its batch; inverses are also refreshed at steps 1, 2, 4, 8 and so on.
+            `"calibrated"` tries 7 values between 1000 and 1/1000 times the mean eigenvalue before
+            the first step, and takes the one that lowers the loss of the first batch most: for
+            large batches.
         minimum: Floor of the damping. `None` takes the mean eigenvalue, as it is at the time, times
             the square of the share of noise in the steps (1 less `KFAC.signal_share`): what lies
             below is not known from small batches.
@@ -37,6 +45,10 @@ class LevenbergMarquardt:
         reject: Whether a step is undone if it is found to raise the loss of its own batch. Weights
             and velocities then stay as they were, and `KFAC.rejected_steps` counts it. A step
             after which the loss is not finite is always undone.
+        adapt_preconditioner: Whether the damping of the preconditioner, `γ²`, adapts apart from
+            that of the model, `λ`: with each refresh of the inverses `γ²` is multiplied by 1,
+            `decay ** inverse_update_period` or its inverse, whichever makes the minimum of the
+            model lowest. A refresh then inverts the factors four times and takes three more models.
 
     Raises:
         ValueError: For arguments out of range.
@@ -44,20 +56,23 @@ class LevenbergMarquardt:
     Example:
     >>> optimizer = KFAC(damping=LevenbergMarquardt(initial=3.0, minimum=0.01))
 
-    Source: Martens & Grosse (2015), arXiv:1503.05671, section 6.5. The ratio leaves the damping
-    out of the predicted change.
+    Source: Martens & Grosse (2015), arXiv:1503.05671, sections 6.5 (damping) and 6.6 (`γ`).
+    The ratio leaves the damping out of the predicted change.
     """
 
     def __init__(
         self,
-        initial: float | None = None,
+        initial: Any = None,
         minimum: float | None = None,
         maximum: float | None = None,
         decay: float = 0.95,
         period: int = 5,
         reject: bool = False,
+        adapt_preconditioner: bool = False,
     ) -> None:
-        validation.check_damping_bounds(initial, minimum, maximum)
+        validation.check_damping_bounds(
+            first, minimum, maximum
+        )
         validation.check_open_unit_interval("decay", decay)
         validation.check_positive_int("period", period)
         self.initial = initial
@@ -65,11 +80,28 @@ class LevenbergMarquardt:
         self.maximum = maximum
         self.decay = decay
         self.period = period
-        self.reject = reject
+        self.reject = validation.check_bool("reject", reject)
+        self.adapt_preconditioner = validation.check_bool(
+            "adapt_preconditioner", adapt_preconditioner
+        )
 
     def start(self, scale: tf.Tensor) -> Any:
         """The first damping, given the mean eigenvalue of the Fisher matrix."""
         return _RELATIVE_START * scale if self.initial is None else self.initial
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the first damping is the best of `candidates`."""
+        return self.initial == CALIBRATED
+
+    def candidates(self, scale: tf.Tensor) -> tf.Tensor:
+        """What to try before the first step, given the mean eigenvalue of the Fisher matrix."""
+        return scale * tf.constant(_CALIBRATION, scale.dtype)
+
+    def neighbours(self, damping: tf.Tensor, period: tf.Tensor) -> tf.Tensor:
+        """What to try for the preconditioner after `period` steps; the present damping first."""
+        factor = scalar(self.decay, damping.dtype) ** tf.cast(period, damping.dtype)
+        return damping * tf.stack([tf.ones_like(factor), 1 / factor, factor])
 
     def next(
         self, damping: tf.Tensor, ratio: tf.Tensor, scale: tf.Tensor, signal_share: tf.Tensor
@@ -101,9 +133,21 @@ class LevenbergMarquardt:
     def get_config(self) -> dict[str, Any]:
         """Arguments to create the same object again."""
         names = ("initial", "minimum", "maximum", "decay", "period", "reject")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "adapt_preconditioner")}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Creates an object from the result of `get_config`."""
         return cls(**config)
+
+
+def best(candidates: tf.Tensor, score: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """The candidate of the lowest score; the first one if no score is finite.
+
+    Args:
+        candidates: `[k]`.
+        score: Function of a scalar; returns a float64 scalar.
+    """
+    scores = tf.map_fn(score, candidates, parallel_iterations=1, fn_output_signature=tf.float64)
+    scores = tf.where(tf.math.is_finite(scores), scores, scores.dtype.max)
+    return tf.gather(candidates, tf.argmin(scores))

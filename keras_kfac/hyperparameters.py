@@ -3,71 +3,69 @@
 from typing import Any, Self
 
 import keras
-from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac import validation
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.restorable import RestorableOptimizer
-
-ADAPTIVE = "adaptive"
+from keras_kfac.settings import ADAPTIVE, Setting, check_can_adapt, is_adaptive, to_config
 
 
 class ConfiguredOptimizer(RestorableOptimizer):
     """Holds the arguments of `KFAC`, which describes them.
 
-    What may change while a compiled step runs is a variable. A learning rate, momentum or damping
-    that adapts itself is a variable too, with a flag beside it: assigning a number to the property
-    clears the flag, assigning `"adaptive"` sets it again.
+    What may change while a compiled step runs is a variable: periods, and every `Setting`.
     """
 
     def __init__(
         self,
         learning_rate: Any,
         damping: Any,
-        momentum: float | str,
-        factor_ema_decay: float,
+        momentum: Any,
+        factor_ema_decay: Any,
         factor_update_period: int,
         inverse_update_period: int,
         fisher: str,
-        kl_clip: float | None,
+        exact_damping: bool,
+        kl_clip: Any,
+        burn_in_steps: int,
         fallback: keras.optimizers.Optimizer | None,
         seed: int,
         name: str,
         **kwargs: Any,
     ) -> None:
         fallback = validation.check_fallback(fallback)
-        is_adaptive = isinstance(learning_rate, str) and learning_rate == ADAPTIVE
-        initial = 0.0 if is_adaptive else validation.check_learning_rate(learning_rate)
+        adapts = is_adaptive(learning_rate)
+        initial = 0.0 if adapts else validation.check_learning_rate(learning_rate)
         super().__init__(fallback, learning_rate=initial, name=name, **kwargs)
-        self._can_adapt_learning_rate = is_adaptive
-        validation.check_unit_interval("factor_ema_decay", factor_ema_decay)
-        validation.check_positive("kl_clip", kl_clip)
-        self.factor_ema_decay = factor_ema_decay
+        self._can_adapt_learning_rate = adapts
+        self._adapts_learning_rate = self.add_variable(
+            (), dtype="bool", name="adapts_learning_rate"
+        )
+        self._adapts_learning_rate.assign(adapts)
+        self.factor_ema_decay = validation.check_ema_decay(factor_ema_decay)
         self.fisher = validation.check_fisher(fisher)
-        self.kl_clip = kl_clip
+        self.exact_damping = validation.check_bool("exact_damping", exact_damping)
+        self.kl_clip = validation.check_kl_clip(kl_clip)
+        self.burn_in_steps = validation.check_count("burn_in_steps", burn_in_steps)
         self.seed = seed
         self._factor_update_period = self.add_variable((), dtype="int64", name="factor_period")
         self._inverse_update_period = self.add_variable((), dtype="int64", name="inverse_period")
         self.set_update_periods(factor_update_period, inverse_update_period)
-        self._adapts_learning_rate = self._flag("adapts_learning_rate", learning_rate)
-        self._set_up_momentum(momentum)
-        self._set_up_damping(damping)
-
-    def _flag(self, name: str, value: Any) -> keras.Variable:
-        flag = self.add_variable((), dtype="bool", name=name)
-        flag.assign(isinstance(value, str) and value == ADAPTIVE)
-        return flag
+        self._has_momentum = momentum != 0
+        check = validation.check_momentum if self._has_momentum else validation.check_no_momentum
+        self._momentum = Setting("momentum", momentum, check, self.add_variable)
+        self._damping_rule = _damping_rule(damping)
+        damping = damping if self._damping_rule is None else ADAPTIVE
+        self._damping = Setting("damping", damping, validation.check_damping, self.add_variable)
 
     @property
     def can_adapt(self) -> bool:
         """Whether anything was created to adapt itself; if not, no step is modelled."""
         return (
             self._can_adapt_learning_rate
-            or self._can_adapt_momentum
+            or self._momentum.can_adapt
             or self._damping_rule is not None
         )
-
-    # ---- Learning rate and momentum -------------------------------------------------------------
 
     @property
     def learning_rate(self) -> Any:
@@ -80,59 +78,23 @@ class ConfiguredOptimizer(RestorableOptimizer):
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
         if isinstance(value, str):
-            _check_can_adapt("learning_rate", value, self._can_adapt_learning_rate)
+            check_can_adapt("learning_rate", value, self._can_adapt_learning_rate)
             self._adapts_learning_rate.assign(True)
             return
         keras.optimizers.Optimizer.learning_rate.fset(self, value)
         self._adapts_learning_rate.assign(False)
 
-    def _set_up_momentum(self, momentum: float | str) -> None:
-        self._can_adapt_momentum = momentum == ADAPTIVE
-        self._adapts_momentum = self._flag("adapts_momentum", momentum)
-        self._momentum = self.add_variable((), dtype="float64", name="momentum")
-        if not self._can_adapt_momentum:
-            self._momentum.assign(validation.check_momentum(momentum))
-        self._has_momentum = momentum != 0
-
     @property
-    def momentum(self) -> keras.Variable:
-        """The momentum `μ`, a variable; that of the last step, if adaptive.
+    def momentum(self) -> Any:
+        """The momentum `μ`: a variable (that of the last step, if adaptive), or a schedule's value.
 
         Assigning a float fixes an adaptive momentum, `"adaptive"` sets it free again.
         """
-        return self._momentum
+        return self._momentum.at(self.iterations)
 
     @momentum.setter
     def momentum(self, value: float | str) -> None:
-        if isinstance(value, str):
-            _check_can_adapt("momentum", value, self._can_adapt_momentum)
-            self._adapts_momentum.assign(True)
-            return
-        validation.check_momentum(value)
-        if value and not self._has_momentum:
-            raise ValueError(
-                "This optimizer was created without momentum and keeps no velocities. "
-                f"Received: momentum={value!r}"
-            )
         self._momentum.assign(value)
-        self._adapts_momentum.assign(False)
-
-    # ---- Damping --------------------------------------------------------------------------------
-
-    def _set_up_damping(self, damping: Any) -> None:
-        if isinstance(damping, str) and damping == ADAPTIVE:
-            damping = LevenbergMarquardt()
-        self._damping = self.add_variable((), dtype="float64", name="damping")
-        self._adapts_damping = self._flag("adapts_damping", "")
-        self._damping_schedule: LearningRateSchedule | None = None
-        self._damping_rule: LevenbergMarquardt | None = None
-        if isinstance(damping, LevenbergMarquardt):
-            self._damping_rule = damping
-            self._adapts_damping.assign(True)
-        elif isinstance(damping, LearningRateSchedule):
-            self._damping_schedule = damping
-        else:
-            self._damping.assign(validation.check_damping(damping))
 
     @property
     def damping(self) -> Any:
@@ -140,24 +102,11 @@ class ConfiguredOptimizer(RestorableOptimizer):
 
         Assigning a float fixes an adaptive damping, `"adaptive"` sets it free again.
         """
-        if self._damping_schedule is not None:
-            return self._damping_schedule(self.iterations)
-        return self._damping
+        return self._damping.at(self.iterations)
 
     @damping.setter
     def damping(self, value: float | str) -> None:
-        if isinstance(value, str):
-            _check_can_adapt("damping", value, self._damping_rule is not None)
-            self._adapts_damping.assign(True)
-            return
-        # As for Keras's learning rate: a compiled training step would not notice the change.
-        if self._damping_schedule is not None:
-            raise TypeError(
-                "This optimizer was created with a schedule as its `damping`, which is not "
-                f"settable. Create it with a float instead. Received: damping={value!r}"
-            )
-        self._damping.assign(validation.check_damping(value))
-        self._adapts_damping.assign(False)
+        self._damping.assign(value)
 
     # ---- Periods --------------------------------------------------------------------------------
 
@@ -190,39 +139,31 @@ class ConfiguredOptimizer(RestorableOptimizer):
     def get_config(self) -> dict[str, Any]:
         """Arguments to create the same optimizer again, without its state."""
         config = super().get_config()
-        if self._adapts(self._adapts_learning_rate):
+        if bool(self._adapts_learning_rate.numpy()):
             config["learning_rate"] = ADAPTIVE
+        damping = self._damping.config()
+        if damping == ADAPTIVE:
+            damping = keras.saving.serialize_keras_object(self._damping_rule)
         return {
             **config,
-            "damping": self._damping_config(),
-            "momentum": ADAPTIVE
-            if self._adapts(self._adapts_momentum)
-            else float(self._momentum.numpy()),
-            "factor_ema_decay": self.factor_ema_decay,
+            "damping": damping,
+            "momentum": self._momentum.config(),
+            "factor_ema_decay": to_config(self.factor_ema_decay),
             "factor_update_period": self.factor_update_period,
             "inverse_update_period": self.inverse_update_period,
             "fisher": str(self.fisher),
-            "kl_clip": self.kl_clip,
+            "exact_damping": self.exact_damping,
+            "kl_clip": to_config(self.kl_clip),
+            "burn_in_steps": self.burn_in_steps,
             "fallback": keras.optimizers.serialize(self.fallback),
             "seed": self.seed,
         }
-
-    def _damping_config(self) -> Any:
-        if self._damping_schedule is not None:
-            return keras.optimizers.schedules.serialize(self._damping_schedule)
-        if self._adapts(self._adapts_damping):
-            return keras.saving.serialize_keras_object(self._damping_rule)
-        return float(self._damping.numpy())
-
-    @staticmethod
-    def _adapts(flag: keras.Variable) -> bool:
-        return bool(flag.numpy())
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
         """Creates an optimizer from the result of `get_config`."""
         config = dict(config)
-        for name in ("damping", "fallback"):
+        for name in ("damping", "momentum", "factor_ema_decay", "kl_clip", "fallback"):
             if isinstance(config.get(name), dict):
                 config[name] = keras.saving.deserialize_keras_object(
                     config[name], custom_objects=custom_objects
@@ -230,11 +171,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
         return super().from_config(config, custom_objects=custom_objects)
 
 
-def _check_can_adapt(name: str, value: str, can_adapt: bool) -> None:
-    if value != ADAPTIVE:
-        raise ValueError(f"`{name}` must be a number or 'adaptive'. Received: {name}={value!r}")
-    if not can_adapt:
-        raise ValueError(
-            f"This optimizer was created with a fixed `{name}`. Create it with "
-            f"{name}='adaptive' to let it adapt. Received: {name}={value!r}"
-        )
+def _damping_rule(damping: Any) -> LevenbergMarquardt | None:
+    if is_adaptive(damping):
+        return LevenbergMarquardt()
+    return damping if isinstance(damping, LevenbergMarquardt) else None

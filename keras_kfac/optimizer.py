@@ -8,19 +8,16 @@ import tensorflow as tf
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_kfac.attachable import AttachableOptimizer
 from keras_kfac.damping import LevenbergMarquardt
-from keras_kfac.hyperparameters import ADAPTIVE
 from keras_kfac.introspection.forward_pass import instance_attribute
-from keras_kfac.math.linalg import scalar
-from keras_kfac.math.quadratic_model import QuadraticModel
-from keras_kfac.math.step_control import kl_clip_scale, reduction_ratio
 from keras_kfac.problem_report import ProblemReport
-from keras_kfac.step_rule import Batch, StepRule, Tensors, all_finite, combination
+from keras_kfac.settings import ADAPTIVE
+from keras_kfac.step import Batch, all_finite
+from keras_kfac.stepping import SteppingOptimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
-class KFAC(AttachableOptimizer):
+class KFAC(SteppingOptimizer):
     """Natural gradient descent with Kronecker-factored approximate curvature (K-FAC).
 
     For every `Dense` and `Conv2D` layer with input rows `ā` (the 1 of the bias included) and
@@ -60,8 +57,9 @@ class KFAC(AttachableOptimizer):
             Larger is more like gradient descent. Scale a fixed one with the loss. 0 is allowed;
             factors that are singular then are reported, and keep their previous inverse. An L2
             regulariser of a kernel adds to the damping of its layer.
-        momentum: `"adaptive"`, or `μ` in [0, 1).
-        factor_ema_decay: Decay in [0, 1) of the moving averages of the factors, for each update.
+        momentum: `"adaptive"`, or `μ` in [0, 1), float or `LearningRateSchedule`.
+        factor_ema_decay: Decay in [0, 1) of the moving averages of the factors, for each update;
+            float or `LearningRateSchedule`.
         factor_update_period: Steps between updates of the factors, a positive int.
         inverse_update_period: Steps between refreshes of the inverses, a positive int, at least
             `factor_update_period`.
@@ -69,9 +67,15 @@ class KFAC(AttachableOptimizer):
             more backward pass per factor update), `"exact"` (the same without sampling noise: one
             backward pass per output) or `"empirical"` (from the training targets; works with any
             loss, and is a different matrix).
+        exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
+            factors, in place of the factored one above. Both work about as well; eigenbases take
+            several times as long to compute.
         kl_clip: Bound `κ > 0` on `α² Σ vᵀ∇`, about twice the KL divergence of a step before
-            momentum, in units of the loss; `None` for none. With a fixed learning rate, 1e-4 to
-            1e-2 keeps the steps of the first epochs in bounds.
+            momentum, in units of the loss, float or `LearningRateSchedule`; `None` for none. With a
+            fixed learning rate, 1e-4 to 1e-2 keeps the steps of the first epochs in bounds.
+            (tensorflow/kfac and kfac-jax call it `norm_constraint`.)
+        burn_in_steps: So many batches at first only go into the factors, as a plain average: no
+            weight moves, and they count as no step.
         fallback: Keras optimizer for the weights that no curvature block covers. It keeps its own
             learning rate, and steps whenever K-FAC does. Defaults to `keras.optimizers.Adam()`.
         seed: Int, for sampling targets. Draws depend on it and the iteration (and are others
@@ -105,12 +109,14 @@ class KFAC(AttachableOptimizer):
         self,
         learning_rate: float | str | LearningRateSchedule = ADAPTIVE,
         damping: float | str | LearningRateSchedule | LevenbergMarquardt = ADAPTIVE,
-        momentum: float | str = ADAPTIVE,
-        factor_ema_decay: float = 0.95,
+        momentum: float | str | LearningRateSchedule = ADAPTIVE,
+        factor_ema_decay: float | LearningRateSchedule = 0.95,
         factor_update_period: int = 5,
         inverse_update_period: int = 20,
         fisher: str = "sampled",
-        kl_clip: float | None = None,
+        exact_damping: bool = False,
+        kl_clip: float | LearningRateSchedule | None = None,
+        burn_in_steps: int = 0,
         fallback: keras.optimizers.Optimizer | None = None,
         seed: int = 0,
         name: str = "kfac",
@@ -124,18 +130,15 @@ class KFAC(AttachableOptimizer):
             factor_update_period,
             inverse_update_period,
             fisher,
+            exact_damping,
             kl_clip,
+            burn_in_steps,
             fallback,
             seed,
             name,
             **kwargs,
         )
         self.skipped_steps = self.add_variable((), dtype="int64", name="skipped_steps")
-        self.kl_clip_scale = self.add_variable((), "ones", dtype="float64", name="kl_clip_scale")
-        self.rejected_steps = self.add_variable((), dtype="int64", name="rejected_steps")
-        self.reduction_ratio = self.add_variable((), "ones", "float64", name="reduction_ratio")
-        self.step_kl = self.add_variable((), dtype="float64", name="step_kl")
-        self._step_rule = StepRule(self.add_variable)
         self._report = ProblemReport()
 
     # ---- The step -------------------------------------------------------------------------------
@@ -173,10 +176,19 @@ class KFAC(AttachableOptimizer):
             with instance_attribute(self, "_batch", batch):
                 super(KFAC, self).apply(grads, trainable_variables)
 
+        def burn_in() -> None:
+            self._burn_in(built.curvature, passes, loss)
+
+        def proceed() -> None:
+            if self.burn_in_steps:
+                ops.cond(self._is_burning_in(), burn_in, step)
+            else:
+                step()
+
         def skip() -> None:
             self.skipped_steps.assign_add(1)
 
-        ops.cond(all_finite(grads), step, skip)
+        ops.cond(all_finite(grads), proceed, skip)
 
     def _unscaled(
         self, grads: Sequence[Any], variables: Sequence[keras.Variable]
@@ -192,8 +204,6 @@ class KFAC(AttachableOptimizer):
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
-        ops.cond(self._is_due(self._inverse_update_period), self._refresh, lambda: None)
-
         gradients, others = {}, []
         for gradient, variable in zip(grads, trainable_variables):
             index = self._get_variable_index(variable)
@@ -201,7 +211,7 @@ class KFAC(AttachableOptimizer):
                 gradients[id(self._known.covered[index])] = tf.convert_to_tensor(gradient)
             else:
                 others.append((gradient, variable))
-        steps, accepted = self._covered_steps(gradients, learning_rate)
+        steps, accepted = self._covered_steps(self._batch, gradients, learning_rate)
 
         def step() -> None:
             super(KFAC, self)._apply_weight_decay(trainable_variables)
@@ -221,82 +231,6 @@ class KFAC(AttachableOptimizer):
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Comes with the step: decoupled decay is no part of the model of the step."""
-
-    def _covered_steps(self, gradients: Tensors, learning_rate: Any) -> tuple[Tensors, tf.Tensor]:
-        """The steps of the covered variables, and whether they are to be taken."""
-        accepted = tf.constant(True)
-        if not gradients:
-            return {}, accepted
-        directions, product = self._known.curvature.precondition(gradients)
-        directions = {key: -direction for key, direction in directions.items()}
-        covered = [(i, v) for i, v in self._known.covered.items() if id(v) in directions]
-        previous = {
-            id(v): tf.convert_to_tensor(self.model_variables[f"velocity.{i}"])
-            if self._has_momentum
-            else tf.zeros_like(directions[id(v)])
-            for i, v in covered
-        }
-        variables, model = [v for _, v in covered], None
-        if self.can_adapt:
-            model = self._batch.quadratic_model(variables, [directions, previous])
-        coefficients = self._coefficients(model, product, learning_rate)
-        steps = {k: combination(coefficients, d, previous[k]) for k, d in directions.items()}
-        if model is not None and self._damping_rule is not None:
-            predicted = model.change(coefficients)
-            accepted = self._adapt_damping(self._damping_rule, predicted, variables, steps)
-        if model is not None:
-            self._step_rule.share.remember(model, coefficients, accepted)
-        return steps, accepted
-
-    def _coefficients(
-        self, model: QuadraticModel | None, product: tf.Tensor, learning_rate: Any
-    ) -> tf.Tensor:
-        """Learning rate and momentum of this step, KL clip included."""
-        fixed = (scalar(learning_rate, "float64"), self._momentum.value)
-        coefficients = tf.stack(fixed)
-        if model is not None:
-            damping = scalar(self.damping, "float64")
-            is_free = (self._adapts_learning_rate.value, self._adapts_momentum.value)
-            coefficients = self._step_rule.choose(model, damping, fixed, is_free)
-            if self._can_adapt_learning_rate:
-                self._learning_rate.assign(tf.cast(coefficients[0], self._learning_rate.dtype))
-            self._momentum.assign(coefficients[1])
-        if self.kl_clip is not None:
-            clip = tf.cast(kl_clip_scale(product, coefficients[0], self.kl_clip), "float64")
-            self.kl_clip_scale.assign(clip)
-            coefficients *= tf.stack([clip, tf.ones_like(clip)])
-        if model is not None:
-            self.step_kl.assign(model.kl(coefficients))
-        return coefficients
-
-    def _adapt_damping(
-        self,
-        rule: LevenbergMarquardt,
-        predicted: tf.Tensor,
-        variables: Sequence[keras.Variable],
-        steps: Tensors,
-    ) -> tf.Tensor:
-        """Adapts the damping if it is time to; returns whether the step is accepted."""
-        batch = self._batch
-
-        def adapt() -> tf.Tensor:
-            change = batch.loss_change(variables, steps)
-            ratio = reduction_ratio(change, predicted)
-            scale = self._known.curvature.mean_eigenvalue()
-            share = tf.convert_to_tensor(self.signal_share.value)
-            self.reduction_ratio.assign(ratio)
-            self._damping.assign(rule.next(self._damping.value, ratio, scale, share))
-            accepted = rule.accepts(change, self.iterations)
-            self.rejected_steps.assign_add(tf.where(accepted, 0, 1))
-            return accepted
-
-        due = rule.is_due(self.iterations) & self._adapts_damping.value
-        return ops.cond(due, adapt, lambda: tf.constant(True))
-
-    @property
-    def signal_share(self) -> keras.Variable:
-        """The share of a step's promised slope that the next batch confirms: low is noise."""
-        return self._step_rule.share.value
 
     # ---- Reports --------------------------------------------------------------------------------
 

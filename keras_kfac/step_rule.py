@@ -1,24 +1,14 @@
-"""How far to step: the quadratic model of the batch, averaged over steps, and its minimiser."""
+"""How far to step: the quadratic model averaged over steps, and its minimiser."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_kfac.curvature.regularization import l2_coefficient, penalty_change
-from keras_kfac.introspection import gauss_newton
-from keras_kfac.introspection.forward_pass import ForwardPass
-from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.math.moving_average import weighted_average
 from keras_kfac.math.quadratic_model import QuadraticModel, minimise
 
-Tensors = Mapping[int, tf.Tensor]
-"""Tensors by `id` of the variable."""
-
-# The model takes its curvature on this part of the batch: its noise is small beside that of the
-# gradient, and forward-mode products cost as much as forward passes.
-BATCH_FRACTION = 0.125
 # A solved momentum beyond this means that the model can't tell the directions apart.
 _MAX_MOMENTUM = 0.95
 # Decay of the sums in `SignalShare`.
@@ -31,61 +21,6 @@ _TOLERATED_NOISE = 0.5
 _DISCOUNT_POWER = 0.25
 
 _SUM = tf.float64
-
-
-class Batch(NamedTuple):
-    """The batch of a step: its forward passes, and the gradient of its loss before clipping."""
-
-    passes: Sequence[ForwardPass]
-    loss: ModelLoss
-    gradients: Tensors
-
-    def quadratic_model(
-        self, variables: Sequence[keras.Variable], directions: Sequence[Tensors]
-    ) -> QuadraticModel:
-        """The model of the loss, with its L2 regularisers, along two directions."""
-        weights = current_values(variables)
-        curvature = gauss_newton.products(
-            self.passes, self.loss, weights, directions, BATCH_FRACTION
-        )
-        metric = tf.zeros_like(curvature)
-        for variable in variables:
-            parts = tf.stack([tf.reshape(d[id(variable)], [-1]) for d in directions])
-            products = tf.cast(tf.matmul(parts, parts, transpose_b=True), _SUM)
-            metric += products
-            curvature += l2_coefficient(variable) * products
-        gradient = tf.stack([_dot(self.gradients, direction) for direction in directions])
-        return QuadraticModel(curvature, metric, gradient)
-
-    def loss_change(self, variables: Sequence[keras.Variable], steps: Tensors) -> tf.Tensor:
-        """What the loss, with its regularisers, changes by if the variables step."""
-        new = {key: value + steps[key] for key, value in current_values(variables).items()}
-        change = gauss_newton.loss_change(self.passes, self.loss, new)
-        return change + penalty_change(variables, new)
-
-
-def current_values(variables: Sequence[keras.Variable]) -> dict[int, tf.Tensor]:
-    """The values of variables by their `id`."""
-    return {id(v): tf.convert_to_tensor(v.value) for v in variables}
-
-
-def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
-    """Whether all gradients are finite; `None` is."""
-    values = [
-        g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None
-    ]
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])
-
-
-def combination(coefficients: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
-    """`α d + μ δ₀` in the dtype of `d`."""
-    rate, momentum = tf.unstack(tf.cast(coefficients, new.dtype))
-    return rate * new + momentum * tf.cast(old, new.dtype)
-
-
-def _dot(gradients: Tensors, direction: Tensors) -> tf.Tensor:
-    terms = [tf.reduce_sum(tf.cast(gradients[k], d.dtype) * d) for k, d in direction.items()]
-    return tf.add_n([tf.cast(term, _SUM) for term in terms])
 
 
 class StepRule:
@@ -121,13 +56,21 @@ class StepRule:
         noise = _TOLERATED_NOISE * (1 - share)
         average = self.average.include(model, noise / (share + noise))
         discount = tf.stack([share**_DISCOUNT_POWER, tf.ones((), _SUM)])
-        return minimise(
-            average.damped(damping),
-            discount * average.gradient,
-            fixed,
-            is_free,
-            momentum_range=(0.0, _MAX_MOMENTUM),
-        )
+        discounted = average._replace(gradient=discount * average.gradient)
+        return solve(discounted, damping, fixed, is_free)
+
+
+def solve(
+    model: QuadraticModel, damping: tf.Tensor, fixed: Sequence[Any], is_free: Sequence[Any]
+) -> tf.Tensor:
+    """The minimiser of a model with damping, the momentum in its range; see `StepRule.choose`."""
+    return minimise(
+        model.damped(damping),
+        model.gradient,
+        fixed,
+        is_free,
+        momentum_range=(0.0, _MAX_MOMENTUM),
+    )
 
 
 class AveragedModel:

@@ -7,15 +7,44 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.introspection.statistics import Fisher
 
 
-def check_unit_interval(name: str, value: Any) -> float:
+def check_unit_interval(name: str, value: Any, otherwise: str = "") -> float:
     """Checks a number in [0, 1)."""
     if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
-        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be in [0, 1){otherwise}. Received: {name}={value!r}")
     return float(value)
+
+
+def check_ema_decay(value: Any) -> Any:
+    """Checks a number in [0, 1), or a schedule."""
+    if isinstance(value, LearningRateSchedule):
+        return value
+    return check_unit_interval("factor_ema_decay", value, " or a `LearningRateSchedule`")
+
+
+def check_kl_clip(value: Any) -> Any:
+    """Checks a positive number, a schedule, or `None`."""
+    if not isinstance(value, LearningRateSchedule):
+        check_positive("kl_clip", value, "a positive number, a `LearningRateSchedule` or None")
+    return value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Checks a truth value."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    return value
+
+
+def check_count(name: str, value: Any) -> int:
+    """Checks an int that is at least 0."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"`{name}` must be an int >= 0. Received: {name}={value!r}")
+    return int(value)
 
 
 def check_open_unit_interval(name: str, value: Any) -> None:
@@ -28,14 +57,27 @@ def check_momentum(value: Any) -> float:
     """Checks a number in [0, 1), where a word that means something else was possible."""
     if isinstance(value, numbers.Real):
         return check_unit_interval("momentum", value)
-    raise ValueError(f"`momentum` must be 'adaptive' or in [0, 1). Received: momentum={value!r}")
+    raise ValueError(
+        "`momentum` must be 'adaptive', in [0, 1) or a `LearningRateSchedule`. Received: "
+        f"momentum={value!r}"
+    )
+
+
+def check_no_momentum(value: Any) -> float:
+    """Checks what is assigned to a momentum that was created as 0."""
+    if check_momentum(value):
+        raise ValueError(
+            "This optimizer was created without momentum and keeps no velocities. "
+            f"Received: momentum={value!r}"
+        )
+    return 0.0
 
 
 def check_learning_rate(value: Any) -> Any:
     """Checks a number `>= 0`, which becomes a float, a schedule or a callable."""
     if isinstance(value, numbers.Real) and 0 <= float(value) < math.inf:
         return float(value)
-    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule) or callable(value):
+    if isinstance(value, LearningRateSchedule) or callable(value):
         return value
     raise ValueError(
         "`learning_rate` must be 'adaptive', a finite number >= 0, a `keras.optimizers.schedules."
@@ -43,12 +85,12 @@ def check_learning_rate(value: Any) -> Any:
     )
 
 
-def check_positive(name: str, value: float | None) -> None:
+def check_positive(name: str, value: float | None, what: str = "a positive number or None") -> None:
     """Checks a positive number, or `None`."""
     if value is None:
         return
     if not isinstance(value, numbers.Real) or not value > 0:
-        raise ValueError(f"`{name}` must be a positive number or None. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
 
 
 def check_damping(value: Any) -> float:
@@ -76,6 +118,28 @@ def check_periods(factor_update_period: int, inverse_update_period: int) -> None
             f"inverse_update_period={inverse_update_period}, "
             f"factor_update_period={factor_update_period}"
         )
+
+
+def check_staleness(low: float, high: float, shortest: int, longest: int) -> None:
+    """Checks the bounds of a schedule by staleness."""
+    check_positive("low", low, "a positive number")
+    check_positive("high", high, "a positive number")
+    check_positive_int("shortest", shortest)
+    check_positive_int("longest", longest)
+    if low >= high or shortest > longest:
+        raise ValueError(
+            "Bounds must be in order: low < high and shortest <= longest. Received: "
+            f"low={low!r}, high={high!r}, shortest={shortest!r}, longest={longest!r}"
+        )
+
+
+def check_plateau(factor: float, min_delta: float) -> None:
+    """Checks how `DampingOnPlateau` changes the damping, and when."""
+    check_positive("factor", factor, "a positive number other than 1")
+    if factor is None or factor == 1:
+        raise ValueError(f"`factor` must be a positive number other than 1. Received: {factor=}")
+    if not isinstance(min_delta, numbers.Real) or not min_delta >= 0:
+        raise ValueError(f"`min_delta` must be a number >= 0. Received: {min_delta=}")
 
 
 def check_positive_int(name: str, value: Any) -> None:

@@ -12,12 +12,15 @@ LAYERS = [
     ["_keras_internals"],
     ["introspection"],
     ["curvature"],
-    ["validation", "attachment", "restorable", "problem_report", "step_rule"],
-    ["damping"],
+    ["validation", "attachment", "restorable", "problem_report", "settings", "step_rule"],
+    ["damping", "step"],
     ["hyperparameters"],
     ["attachable"],
+    ["stepping"],
     ["optimizer"],
+    ["staleness"],
     ["callbacks", "batches"],
+    ["plateau"],
     ["__init__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -42,6 +42,8 @@ CHANGED = {
     "damping": 0.5,
     "momentum": 0.5,
     "factor_ema_decay": 0.8,
+    "exact_damping": True,
+    "burn_in_steps": 3,
     "factor_update_period": 3,
     "inverse_update_period": 7,
     "fisher": "exact",

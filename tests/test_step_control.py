@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfac import KFAC, KFACCallback, LevenbergMarquardt, step_rule
+from keras_kfac import KFAC, KFACCallback, LevenbergMarquardt
+from keras_kfac import step as step_module
 from keras_kfac.introspection import forward_pass, gauss_newton
 from keras_kfac.introspection.losses import resolve_loss
 from keras_kfac.introspection.replay import Replay
@@ -22,7 +23,7 @@ layers = keras.layers
 @pytest.fixture
 def whole_batch(monkeypatch):
     """The quadratic model on all examples of a batch."""
-    monkeypatch.setattr(step_rule, "BATCH_FRACTION", 1.0)
+    monkeypatch.setattr(step_module, "BATCH_FRACTION", 1.0)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def flat(model, direction):
 
 
 def weights_of(model):
-    return step_rule.current_values(model.trainable_variables)
+    return step_module.current_values(model.trainable_variables)
 
 
 class TestProducts:
@@ -297,7 +298,7 @@ class TestExactQuadratic:
         assert float(ratio) > 1.05
 
     def test_ratio_without_the_regulariser_differs(self, monkeypatch):
-        monkeypatch.setattr(step_rule, "l2_coefficient", lambda variable: 0.0)
+        monkeypatch.setattr(step_module, "l2_coefficient", lambda variable: 0.0)
         model, x, y = linear_regression(keras.regularizers.L2(0.25))
         optimizer = KFAC(damping=LevenbergMarquardt(initial=0.1, period=1), **EVERY_STEP)
         train(model, optimizer, x, y, 1)

@@ -8,7 +8,8 @@ import tensorflow as tf
 from keras_kfac.curvature.regularization import l2_coefficient
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
-from keras_kfac.math import kronecker, linalg
+from keras_kfac.math.inverses import Inverse, relative_change
+from keras_kfac.math.linalg import scalar
 from keras_kfac.math.moving_average import weighted_average
 
 AddVariable = Callable[..., keras.Variable]
@@ -21,32 +22,39 @@ class KroneckerBlock:
     `update` and `refresh` are separate because they run on different schedules; *when* they run is
     not the block's business.
 
+    Args:
+        adapter: The layer.
+        add_variable: Creates the block's variables.
+        inverse_type: How the product of the factors is damped.
+
     Attributes:
         adapter: The layer.
         input_factor: `A`, `[..., d_in, d_in]`.
         output_factor: `G`, `[..., d_out, d_out]`.
         weight: Accumulated weight of the moving averages; 0 before the first update.
-        input_inverse: `(A + π√λ I)⁻¹` as of the last successful refresh.
-        output_inverse: `(G + √λ/π I)⁻¹` likewise.
-        failed_refreshes: How often the damped factors were not positive definite.
-        condition_number: That of the damped `A ⊗ G` in the 1-norm, as of the same refresh.
+        failed_refreshes: How often the damped factors could not be inverted.
+        staleness: Relative change of the inverse in the last successful refresh.
     """
 
-    def __init__(self, adapter: LayerAdapter, add_variable: AddVariable) -> None:
+    def __init__(
+        self, adapter: LayerAdapter, add_variable: AddVariable, inverse_type: type[Inverse]
+    ) -> None:
         self.adapter = adapter
         self._l2 = l2_coefficient(adapter.variables[0])
         leading = () if adapter.groups is None else (adapter.groups,)
         dtype = adapter.variables[0].dtype
         d_in, d_out = adapter.dims
-        a_shape, g_shape = (*leading, d_in, d_in), (*leading, d_out, d_out)
-        self.input_factor = add_variable("input_factor", a_shape, dtype)
-        self.output_factor = add_variable("output_factor", g_shape, dtype)
+        self.input_factor = add_variable("input_factor", (*leading, d_in, d_in), dtype)
+        self.output_factor = add_variable("output_factor", (*leading, d_out, d_out), dtype)
         self.weight = add_variable("factor_weight", (), dtype)
+        self._inverse_type = inverse_type
         # The identity until the first refresh succeeds: the block then passes the gradient on.
-        self.input_inverse = add_variable("input_inverse", a_shape, dtype, _identity)
-        self.output_inverse = add_variable("output_inverse", g_shape, dtype, _identity)
+        self._inverse = [
+            add_variable(name, (*leading, *shape) if shape else (), dtype, initial)
+            for name, (shape, initial) in zip(inverse_type._fields, inverse_type.start(d_in, d_out))
+        ]
         self.failed_refreshes = add_variable("failed_refreshes", (), "int32")
-        self.condition_number = add_variable("condition_number", (), dtype, "ones")
+        self.staleness = add_variable("staleness", (), dtype)
 
     def update(self, statistics: LayerStatistics, examples: tf.Tensor, decay: tf.Tensor) -> None:
         """Includes the factors of a batch in the moving averages, unless they are not finite."""
@@ -82,43 +90,33 @@ class KroneckerBlock:
         ]
         return tf.reduce_sum(traces[0] * traces[1])
 
-    def refresh(self, damping: tf.Tensor) -> None:
-        """Inverts the damped factors; keeps the previous inverses where that fails."""
+    def invert(self, damping: tf.Tensor) -> Inverse:
+        """The inverse of the damped factors as they are now; not finite where that fails."""
         # The curvature of the regulariser of the kernel, the bulk of the weights.
-        damping = linalg.scalar(damping, self.input_factor.dtype) + self._l2
-        damped = kronecker.factored_damping(
-            tf.convert_to_tensor(self.input_factor),
-            tf.convert_to_tensor(self.output_factor),
-            damping,
-        )
-        input_inverse, output_inverse = (linalg.spd_inverse(factor) for factor in damped)
-        succeeded = tf.logical_and(
-            tf.reduce_all(tf.math.is_finite(input_inverse)),
-            tf.reduce_all(tf.math.is_finite(output_inverse)),
-        )
-        self.input_inverse.assign(tf.where(succeeded, input_inverse, self.input_inverse))
-        self.output_inverse.assign(tf.where(succeeded, output_inverse, self.output_inverse))
-        condition = tf.reduce_max(
-            linalg.condition_number(damped[0], input_inverse)
-            * linalg.condition_number(damped[1], output_inverse)
-        )
-        self.condition_number.assign(tf.where(succeeded, condition, self.condition_number))
-        self.failed_refreshes.assign_add(tf.cast(tf.logical_not(succeeded), tf.int32))
+        damping = scalar(damping, self.input_factor.dtype) + self._l2
+        a, g = (tf.convert_to_tensor(factor) for factor in (self.input_factor, self.output_factor))
+        return self._inverse_type.of(a, g, damping)
 
-    def precondition(self, gradients: Gradients) -> tuple[Gradients, tf.Tensor]:
+    def keep(self, inverse: Inverse) -> None:
+        """Keeps an inverse for the next steps; the previous one if it is not finite."""
+        old = self.inverse
+        succeeded = tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in inverse])
+        for variable, part in zip(self._inverse, inverse):
+            variable.assign(tf.where(succeeded, part, tf.convert_to_tensor(variable)))
+        self.failed_refreshes.assign_add(tf.cast(tf.logical_not(succeeded), tf.int32))
+        self.staleness.assign(tf.where(succeeded, relative_change(old, inverse), self.staleness))
+
+    @property
+    def inverse(self) -> Inverse:
+        """The inverse as of the last successful refresh."""
+        return self._inverse_type(*(tf.convert_to_tensor(part) for part in self._inverse))
+
+    def precondition(self, gradients: Gradients, inverse: Inverse) -> tuple[Gradients, tf.Tensor]:
         """Natural gradient of the layer's variables.
 
         Returns:
             The directions, and their inner product with the gradients.
         """
         gradient = self.adapter.to_matrix(gradients)
-        direction = kronecker.precondition(
-            gradient,
-            tf.convert_to_tensor(self.input_inverse),
-            tf.convert_to_tensor(self.output_inverse),
-        )
+        direction = inverse.precondition(gradient)
         return self.adapter.from_matrix(direction), tf.reduce_sum(gradient * direction)
-
-
-def _identity(shape: tuple[int, ...], dtype: str) -> tf.Tensor:
-    return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)

@@ -11,18 +11,27 @@ from keras_kfac.introspection.adapters import Gradients, LayerAdapter, layer_pat
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher, collect
+from keras_kfac.math.inverses import ExactInverse, FactoredInverse, Inverse
 
 
 class ModelCurvature:
     """A block-diagonal approximation of a model's Fisher matrix.
 
+    Args:
+        adapters: The layers to cover.
+        add_variable: Creates the variables.
+        exact_damping: Whether blocks are `A ⊗ G + λ I`, or damped by factor.
+
     Attributes:
         blocks: One block for each adapted layer.
     """
 
-    def __init__(self, adapters: Sequence[LayerAdapter], add_variable: AddVariable) -> None:
+    def __init__(
+        self, adapters: Sequence[LayerAdapter], add_variable: AddVariable, exact_damping: bool
+    ) -> None:
+        inverse_type = ExactInverse if exact_damping else FactoredInverse
         self.blocks = [
-            KroneckerBlock(adapter, _prefixed(add_variable, f"block.{index}."))
+            KroneckerBlock(adapter, _prefixed(add_variable, f"block.{index}."), inverse_type)
             for index, adapter in enumerate(adapters)
         ]
         self._dtype = tf.float32
@@ -45,16 +54,23 @@ class ModelCurvature:
             if statistics is not None:
                 block.update(statistics, batch.examples, decay)
 
-    def refresh(self, damping: tf.Tensor) -> None:
-        """Inverts the damped factors of all blocks."""
-        for block in self.blocks:
-            block.refresh(damping)
+    def invert(self, damping: tf.Tensor) -> list[Inverse]:
+        """The inverses of all damped blocks; not finite where that fails."""
+        return [block.invert(damping) for block in self.blocks]
 
-    def precondition(self, gradients: Mapping[int, tf.Tensor]) -> tuple[Gradients, tf.Tensor]:
+    def keep(self, inverses: Sequence[Inverse]) -> None:
+        """Keeps inverses for the next steps, where they are finite."""
+        for block, inverse in zip(self.blocks, inverses):
+            block.keep(inverse)
+
+    def precondition(
+        self, gradients: Mapping[int, tf.Tensor], inverses: Sequence[Inverse] | None = None
+    ) -> tuple[Gradients, tf.Tensor]:
         """Natural gradient of all covered variables that have a gradient.
 
         Args:
             gradients: By `id` of the variable.
+            inverses: Those to use in place of the kept ones.
 
         Returns:
             Directions by `id` of the variable, and their inner product with the gradients.
@@ -64,7 +80,8 @@ class ModelCurvature:
         """
         directions: Gradients = {}
         inner_product = tf.zeros((), self._dtype)
-        for block in self.blocks:
+        inverses = inverses or [block.inverse for block in self.blocks]
+        for block, inverse in zip(self.blocks, inverses):
             variables = block.adapter.variables
             present = {id(v): gradients[id(v)] for v in variables if id(v) in gradients}
             if not present:
@@ -76,7 +93,7 @@ class ModelCurvature:
                     f"layer {block.adapter.layer.name!r} without gradients for "
                     f"{[v.path for v in variables if id(v) not in present]}"
                 )
-            direction, product = block.precondition(present)
+            direction, product = block.precondition(present, inverse)
             directions.update(direction)
             inner_product += tf.cast(product, self._dtype)
         return directions, inner_product
@@ -88,11 +105,15 @@ class ModelCurvature:
 
     def condition_numbers(self) -> dict[str, float]:
         """Condition numbers of the damped blocks by path of the layer, as of the last refresh."""
-        return {layer_path(b.adapter.layer): float(b.condition_number) for b in self.blocks}
+        return {layer_path(b.adapter.layer): float(b.inverse.condition_number) for b in self.blocks}
+
+    def staleness(self) -> dict[str, float]:
+        """Relative changes of the inverses in the last refresh, by path of the layer."""
+        return {layer_path(b.adapter.layer): float(b.staleness) for b in self.blocks}
 
     def failed_refreshes(self) -> dict[str, int]:
         """Layers whose damped factors could not be inverted, and how often."""
-        counts = {b.adapter.layer.name: int(b.failed_refreshes.numpy()) for b in self.blocks}
+        counts = {layer_path(b.adapter.layer): int(b.failed_refreshes.numpy()) for b in self.blocks}
         return {name: count for name, count in counts.items() if count}
 
 

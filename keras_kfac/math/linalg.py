@@ -44,6 +44,25 @@ def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
     return tf.where(succeeded, inverse, tf.constant(float("nan"), inverse.dtype))
 
 
+def eigen_decomposition(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Eigenvalues and eigenvectors of symmetric positive semi-definite matrices.
+
+    Args:
+        matrix: Tensor `[..., d, d]`.
+
+    Returns:
+        Eigenvalues `[..., d]` in ascending order, those that rounding made negative set to 0, and
+        the eigenvectors in the columns of `[..., d, d]`.
+
+    Example:
+    >>> values, _ = eigen_decomposition(tf.constant([[1.0, 1.0], [1.0, 1.0]]))
+    >>> np.round(values, 6).tolist()
+    [0.0, 2.0]
+    """
+    values, vectors = tf.linalg.eigh(symmetrize(matrix))
+    return tf.maximum(values, 0), vectors
+
+
 def condition_number(matrix: tf.Tensor, inverse: tf.Tensor) -> tf.Tensor:
     """Condition number `‖M‖₁ ‖M⁻¹‖₁` of `[..., d, d]` matrices, `[...]`.
 

@@ -46,6 +46,11 @@ class QuadraticModel(NamedTuple):
         """
         return self.kl(coefficients) + tf.tensordot(self.gradient, coefficients, 1)
 
+    def value(self, coefficients: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
+        """`M(α, μ)`, with damping."""
+        squared = tf.tensordot(coefficients, tf.linalg.matvec(self.metric, coefficients), 1)
+        return self.change(coefficients) + 0.5 * scalar(damping, squared.dtype) * squared
+
     def kl(self, coefficients: tf.Tensor) -> tf.Tensor:
         """`½ δᵀ C δ`: the step's KL divergence between predictions, in units of the loss."""
         return 0.5 * tf.tensordot(coefficients, tf.linalg.matvec(self.curvature, coefficients), 1)

@@ -1,0 +1,122 @@
+"""Inverses of a damped Kronecker product, in the two ways to damp it.
+
+Source: Martens & Grosse (2015), arXiv:1503.05671, section 6.3 (factored damping); George et al.
+(2018), arXiv:1806.03884, section 3.1 (eigenbases).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import tensorflow as tf
+
+from keras_kfac.math.kronecker import factored_damping, precondition
+from keras_kfac.math.linalg import condition_number, eigen_decomposition, scalar, spd_inverse
+
+Start = list[tuple[tuple[int, ...], Callable[[Any, Any], tf.Tensor]]]
+"""Shape and initial value, a function of shape and dtype, of each part of an inverse."""
+
+
+def identity(shape: tuple[int, ...], dtype: Any) -> tf.Tensor:
+    """Identity matrices `[..., d, d]`."""
+    return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
+
+
+class FactoredInverse(NamedTuple):
+    """`(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹`.
+
+    Attributes:
+        input_inverse: `[..., d_in, d_in]`.
+        output_inverse: `[..., d_out, d_out]`.
+        condition_number: Of the damped product in the 1-norm, the largest if there are several.
+    """
+
+    input_inverse: tf.Tensor
+    output_inverse: tf.Tensor
+    condition_number: tf.Tensor
+
+    @classmethod
+    def of(cls, input_factor: tf.Tensor, output_factor: tf.Tensor, damping: tf.Tensor) -> Self:
+        """The inverse for factors `A` and `G` and damping `λ`; not finite if it fails."""
+        a, g = factored_damping(input_factor, output_factor, damping)
+        a_inverse, g_inverse = spd_inverse(a), spd_inverse(g)
+        condition = condition_number(a, a_inverse) * condition_number(g, g_inverse)
+        return cls(a_inverse, g_inverse, tf.reduce_max(condition))
+
+    @staticmethod
+    def start(d_in: int, d_out: int) -> Start:
+        """What makes up the identity, without leading dimensions."""
+        return [((d_in, d_in), identity), ((d_out, d_out), identity), ((), tf.ones)]
+
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        """The product with a gradient `[..., d_in, d_out]`."""
+        return precondition(gradient, self.input_inverse, self.output_inverse)
+
+    def inner_product(self, other: Any) -> tf.Tensor:
+        """Trace of the product with another such inverse, scalar."""
+        parts = zip(self[:2], other[:2])
+        traces = [tf.reduce_sum(mine * others, axis=[-2, -1]) for mine, others in parts]
+        return tf.reduce_sum(traces[0] * traces[1])
+
+
+class ExactInverse(NamedTuple):
+    """`(A ⊗ G + λ I)⁻¹` by the eigenbases of `A` and `G`.
+
+    Attributes:
+        input_basis: Eigenvectors of `A` in columns, `[..., d_in, d_in]`.
+        output_basis: Those of `G`, `[..., d_out, d_out]`.
+        eigenvalues: Of the inverse, `1 / (aᵢ gⱼ + λ)`, `[..., d_in, d_out]`.
+        condition_number: Of the damped product in the 2-norm, the largest if there are several.
+    """
+
+    input_basis: tf.Tensor
+    output_basis: tf.Tensor
+    eigenvalues: tf.Tensor
+    condition_number: tf.Tensor
+
+    @classmethod
+    def of(cls, input_factor: tf.Tensor, output_factor: tf.Tensor, damping: tf.Tensor) -> Self:
+        """The inverse for factors `A` and `G` and damping `λ`; not finite if it fails."""
+        a, input_basis = eigen_decomposition(input_factor)
+        g, output_basis = eigen_decomposition(output_factor)
+        damped = a[..., :, tf.newaxis] * g[..., tf.newaxis, :] + scalar(damping, a.dtype)
+        largest, smallest = (f(damped, axis=[-2, -1]) for f in (tf.reduce_max, tf.reduce_min))
+        return cls(input_basis, output_basis, 1 / damped, tf.reduce_max(largest / smallest))
+
+    @staticmethod
+    def start(d_in: int, d_out: int) -> Start:
+        """What makes up the identity, without leading dimensions."""
+        bases = [((d_in, d_in), identity), ((d_out, d_out), identity)]
+        return [*bases, ((d_in, d_out), tf.ones), ((), tf.ones)]
+
+    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+        """The product with a gradient `[..., d_in, d_out]`."""
+        inside = tf.matmul(self.input_basis, gradient, transpose_a=True)
+        inside = self.eigenvalues * tf.matmul(inside, self.output_basis)
+        outside = tf.matmul(inside, self.output_basis, transpose_b=True)
+        return tf.matmul(self.input_basis, outside)
+
+    def inner_product(self, other: Any) -> tf.Tensor:
+        """Trace of the product with another such inverse, scalar."""
+        a, g = (
+            tf.square(tf.matmul(mine, others, transpose_a=True))
+            for mine, others in zip(self[:2], other[:2])
+        )
+        turned = tf.matmul(tf.matmul(a, other.eigenvalues), g, transpose_b=True)
+        return tf.reduce_sum(self.eigenvalues * turned)
+
+
+Inverse = FactoredInverse | ExactInverse
+
+
+def relative_change(old: Inverse, new: Inverse) -> tf.Tensor:
+    """`‖new - old‖ / ‖new‖` of two inverses of one kind in the Frobenius norm, scalar.
+
+    Example:
+    >>> old, new = (FactoredInverse.of(tf.eye(2), tf.eye(3), x) for x in (4.0, 0.0))
+    >>> round(float(relative_change(old, new)), 4)  # of 1 / (1 + √λ)²: 1/9 and 1
+    0.8889
+    """
+    squared = new.inner_product(new)
+    difference = squared - 2 * old.inner_product(new) + old.inner_product(old)
+    # Rounding can make the difference of equals negative.
+    return tf.sqrt(tf.math.divide_no_nan(tf.maximum(difference, 0), squared))

@@ -1,0 +1,157 @@
+"""What a step is made of: the batch, preconditioned gradients, previous steps and their model."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_kfac.curvature.model_curvature import ModelCurvature
+from keras_kfac.curvature.regularization import l2_coefficient, penalty_change
+from keras_kfac.introspection import gauss_newton
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import ModelLoss
+from keras_kfac.math.quadratic_model import QuadraticModel
+from keras_kfac.math.step_control import kl_clip_scale
+from keras_kfac.step_rule import solve
+
+Tensors = Mapping[int, tf.Tensor]
+"""Tensors by `id` of the variable."""
+
+# The model takes its curvature on this part of the batch: its noise is small beside that of the
+# gradient, and forward-mode products cost as much as forward passes.
+BATCH_FRACTION = 0.125
+
+_SUM = tf.float64
+
+
+class Batch(NamedTuple):
+    """The batch of a step: its forward passes, and the gradient of its loss before clipping."""
+
+    passes: Sequence[ForwardPass]
+    loss: ModelLoss
+    gradients: Tensors
+
+    def quadratic_model(
+        self, variables: Sequence[keras.Variable], directions: Sequence[Tensors]
+    ) -> QuadraticModel:
+        """The model of the loss, with its L2 regularisers, along two directions."""
+        weights = current_values(variables)
+        curvature = gauss_newton.products(
+            self.passes, self.loss, weights, directions, BATCH_FRACTION
+        )
+        metric = tf.zeros_like(curvature)
+        for variable in variables:
+            parts = tf.stack([tf.reshape(d[id(variable)], [-1]) for d in directions])
+            products = tf.cast(tf.matmul(parts, parts, transpose_b=True), _SUM)
+            metric += products
+            curvature += l2_coefficient(variable) * products
+        gradient = tf.stack([_dot(self.gradients, direction) for direction in directions])
+        return QuadraticModel(curvature, metric, gradient)
+
+    def loss_change(self, variables: Sequence[keras.Variable], steps: Tensors) -> tf.Tensor:
+        """What the loss, with its regularisers, changes by if the variables step."""
+        new = {key: value + steps[key] for key, value in current_values(variables).items()}
+        change = gauss_newton.loss_change(self.passes, self.loss, new)
+        return change + penalty_change(variables, new)
+
+
+def current_values(variables: Sequence[keras.Variable]) -> dict[int, tf.Tensor]:
+    """The values of variables by their `id`."""
+    return {id(v): tf.convert_to_tensor(v.value) for v in variables}
+
+
+def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
+    """Whether all gradients are finite; `None` is."""
+    values = [
+        g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None
+    ]
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])
+
+
+def combination(coefficients: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
+    """`α d + μ δ₀` in the dtype of `d`."""
+    rate, momentum = tf.unstack(tf.cast(coefficients, new.dtype))
+    return rate * new + momentum * tf.cast(old, new.dtype)
+
+
+def _dot(gradients: Tensors, direction: Tensors) -> tf.Tensor:
+    terms = [tf.reduce_sum(tf.cast(gradients[k], d.dtype) * d) for k, d in direction.items()]
+    return tf.add_n([tf.cast(term, _SUM) for term in terms])
+
+
+class Proposal(NamedTuple):
+    """Directions to combine into a step with the previous one.
+
+    Attributes:
+        directions: Negative preconditioned gradients, by `id` of the variable.
+        product: Of the preconditioned gradient with the gradient, scalar.
+    """
+
+    directions: Tensors
+    product: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step in the making, with what does not change while alternatives are tried.
+
+    Attributes:
+        batch: The batch.
+        curvature: Preconditions.
+        variables: Those to step.
+        gradients: What to precondition, by `id` of the variable.
+        previous: The previous step likewise.
+        fixed: Learning rate and momentum to use where they are not free.
+        is_free: Whether each is to be solved for.
+        kl_clip: Bound of the KL clip.
+    """
+
+    batch: Batch
+    curvature: ModelCurvature
+    variables: Sequence[keras.Variable]
+    gradients: Tensors
+    previous: Tensors
+    fixed: tuple[tf.Tensor, tf.Tensor]
+    is_free: tuple[tf.Tensor, tf.Tensor]
+    kl_clip: Any
+
+    def propose(self, damping: tf.Tensor | None = None) -> Proposal:
+        """Preconditions by the inverses that are kept, or by those of a damping to try."""
+        inverses = None if damping is None else self.curvature.invert(damping)
+        directions, product = self.curvature.precondition(self.gradients, inverses)
+        return Proposal({key: -direction for key, direction in directions.items()}, product)
+
+    def model(self, proposal: Proposal) -> QuadraticModel:
+        """The model of the loss along the new directions and the previous step."""
+        return self.batch.quadratic_model(self.variables, [proposal.directions, self.previous])
+
+    def clip(self, proposal: Proposal, coefficients: tf.Tensor) -> tf.Tensor:
+        """The factor that the KL clip puts on the learning rate; 1 without one."""
+        if self.kl_clip is None:
+            return tf.ones((), _SUM)
+        return tf.cast(kl_clip_scale(proposal.product, coefficients[0], self.kl_clip), _SUM)
+
+    def combine(self, proposal: Proposal, coefficients: tf.Tensor) -> Tensors:
+        """The step of each variable."""
+        return {
+            key: combination(coefficients, direction, self.previous[key])
+            for key, direction in proposal.directions.items()
+        }
+
+    def loss_change(self, steps: Tensors) -> tf.Tensor:
+        """What the batch's loss changes by in a step; float64 scalar."""
+        return self.batch.loss_change(self.variables, steps)
+
+    def predicted(self, preconditioner_damping: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
+        """The minimum of the damped model if the preconditioner were damped so."""
+        model = self.model(self.propose(preconditioner_damping))
+        return model.value(solve(model, damping, self.fixed, self.is_free), damping)
+
+    def realised(self, damping: tf.Tensor) -> tf.Tensor:
+        """What the batch's loss would change by with this damping."""
+        proposal = self.propose(damping)
+        coefficients = solve(self.model(proposal), damping, self.fixed, self.is_free)
+        clip = self.clip(proposal, coefficients)
+        return self.loss_change(self.combine(proposal, coefficients * tf.stack([clip, 1.0])))

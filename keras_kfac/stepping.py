@@ -1,0 +1,160 @@
+"""An optimizer that chooses the steps of the weights that curvature blocks cover."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from keras_kfac.attachable import AttachableOptimizer
+from keras_kfac.damping import LevenbergMarquardt, best
+from keras_kfac.math.linalg import scalar
+from keras_kfac.math.quadratic_model import QuadraticModel
+from keras_kfac.math.step_control import reduction_ratio
+from keras_kfac.settings import value_at
+from keras_kfac.step import Batch, Proposal, Step, Tensors
+from keras_kfac.step_rule import StepRule
+
+
+class SteppingOptimizer(AttachableOptimizer):
+    """Combines preconditioned gradients and previous steps, and adapts the damping."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kl_clip_scale = self.add_variable((), "ones", dtype="float64", name="kl_clip_scale")
+        self.rejected_steps = self.add_variable((), dtype="int64", name="rejected_steps")
+        self.reduction_ratio = self.add_variable((), "ones", "float64", name="reduction_ratio")
+        self.step_kl = self.add_variable((), dtype="float64", name="step_kl")
+        self.preconditioner_damping = self.add_variable(
+            (), dtype="float64", name="preconditioner_damping"
+        )
+        self._step_rule = StepRule(self.add_variable)
+
+    @property
+    def signal_share(self) -> keras.Variable:
+        """The share of a step's promised slope that the next batch confirms: low is noise."""
+        return self._step_rule.share.value
+
+    def _covered_steps(
+        self, batch: Batch, gradients: Tensors, learning_rate: Any
+    ) -> tuple[Tensors, tf.Tensor]:
+        """The steps of the covered variables, and whether they are to be taken.
+
+        Args:
+            batch: The batch, with its gradients before clipping.
+            gradients: The gradients to precondition, by `id` of the variable.
+            learning_rate: The one to use if it is fixed.
+        """
+        accepted = tf.constant(True)
+        if not gradients:
+            return {}, accepted
+        step = self._step(batch, gradients, learning_rate)
+        ops.cond(
+            self._is_due(self._inverse_update_period), lambda: self._refresh(step), lambda: None
+        )
+        proposal = step.propose()
+        model = step.model(proposal) if self.can_adapt else None
+        coefficients = self._coefficients(step, proposal, model)
+        steps = step.combine(proposal, coefficients)
+        if model is not None and self._damping_rule is not None:
+            predicted = model.change(coefficients)
+            accepted = self._adapt_damping(self._damping_rule, predicted, step, steps)
+        if model is not None:
+            self._step_rule.share.remember(model, coefficients, accepted)
+        return steps, accepted
+
+    def _step(self, batch: Batch, gradients: Tensors, learning_rate: Any) -> Step:
+        covered = [(i, v) for i, v in self._known.covered.items() if id(v) in gradients]
+        previous = {
+            id(variable): tf.convert_to_tensor(self.model_variables[f"velocity.{index}"])
+            if self._has_momentum
+            else tf.zeros_like(gradients[id(variable)])
+            for index, variable in covered
+        }
+        return Step(
+            batch,
+            self._known.curvature,
+            [variable for _, variable in covered],
+            gradients,
+            previous,
+            fixed=(scalar(learning_rate, "float64"), scalar(self.momentum, "float64")),
+            is_free=(self._adapts_learning_rate.value, self._momentum.adapts.value),
+            kl_clip=value_at(self.kl_clip, self.iterations),
+        )
+
+    def _coefficients(
+        self, step: Step, proposal: Proposal, model: QuadraticModel | None
+    ) -> tf.Tensor:
+        """Learning rate and momentum of this step, KL clip included."""
+        coefficients = tf.stack(step.fixed)
+        if model is not None:
+            damping = scalar(self.damping, "float64")
+            coefficients = self._step_rule.choose(model, damping, step.fixed, step.is_free)
+            if self._can_adapt_learning_rate:
+                self._learning_rate.assign(tf.cast(coefficients[0], self._learning_rate.dtype))
+            self._momentum.variable.assign(coefficients[1])
+        clip = step.clip(proposal, coefficients)
+        self.kl_clip_scale.assign(clip)
+        coefficients *= tf.stack([clip, 1.0])
+        if model is not None:
+            self.step_kl.assign(model.kl(coefficients))
+        return coefficients
+
+    # ---- Damping --------------------------------------------------------------------------------
+
+    def _adapt_damping(
+        self, rule: LevenbergMarquardt, predicted: tf.Tensor, step: Step, steps: Tensors
+    ) -> tf.Tensor:
+        """Adapts the damping if it is time to; returns whether the step is accepted."""
+        damping = self._damping.variable
+
+        def adapt() -> tf.Tensor:
+            change = step.loss_change(steps)
+            ratio = reduction_ratio(change, predicted)
+            scale = self._known.curvature.mean_eigenvalue()
+            share = tf.convert_to_tensor(self.signal_share.value)
+            self.reduction_ratio.assign(ratio)
+            damping.assign(rule.next(damping.value, ratio, scale, share))
+            accepted = rule.accepts(change, self.iterations)
+            self.rejected_steps.assign_add(tf.where(accepted, 0, 1))
+            return accepted
+
+        due = rule.is_due(self.iterations) & self._damping.adapts.value
+        return ops.cond(due, adapt, lambda: tf.constant(True))
+
+    def _refresh(self, step: Step) -> None:
+        """Inverts the damped factors; finds out first by how much to damp them, where it adapts."""
+        curvature, rule = self._known.curvature, self._damping_rule
+        damping = scalar(self.damping, "float64")
+        if rule is not None:
+            damping = self._started_damping(rule, step)
+        if rule is not None and rule.adapt_preconditioner:
+            damping = self._adapted_preconditioner_damping(rule, damping, step)
+        self.preconditioner_damping.assign(damping)
+        curvature.keep(curvature.invert(damping))
+
+    def _started_damping(self, rule: LevenbergMarquardt, step: Step) -> tf.Tensor:
+        """The damping, chosen by its rule before the first step."""
+
+        def start() -> tf.Tensor:
+            scale = scalar(self._known.curvature.mean_eigenvalue(), "float64")
+            if not rule.calibrates:
+                return scalar(rule.start(scale), "float64")
+            return best(rule.candidates(scale), step.realised)
+
+        damping = self._damping.variable
+        is_first = tf.equal(self.iterations, 0) & self._damping.adapts.value
+        damping.assign(ops.cond(is_first, start, lambda: tf.convert_to_tensor(damping.value)))
+        return tf.convert_to_tensor(damping.value)
+
+    def _adapted_preconditioner_damping(
+        self, rule: LevenbergMarquardt, damping: tf.Tensor, step: Step
+    ) -> tf.Tensor:
+        is_first = tf.equal(self.iterations, 0)
+        present = tf.where(is_first, damping, self.preconditioner_damping.value)
+
+        def adapt() -> tf.Tensor:
+            candidates = rule.neighbours(present, self._inverse_update_period.value)
+            return best(candidates, lambda own: step.predicted(own, damping))
+
+        return ops.cond(self._damping.adapts.value, adapt, lambda: damping)
