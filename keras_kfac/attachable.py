@@ -137,8 +137,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
     def staleness(self) -> dict[str, float]:
         """By how much the last refresh changed each layer's inverse of the damped `A ⊗ G`.
 
-        Relative, in the Frobenius norm, by path of the layer; empty before the first step. A small
-        one says that inverses can be refreshed more rarely.
+        Relative, in the Frobenius norm, by path of the layer; empty before the second refresh. A
+        small one says that inverses can be refreshed more rarely.
         """
         return {} if self._built is None else self._built.curvature.staleness()
 
@@ -170,32 +170,30 @@ class AttachableOptimizer(ConfiguredOptimizer):
         self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
         return self._built
 
+    def _is_burning_in(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self._burnt_in.value < self.burn_in_steps)
+
     def _update_factors(
-        self, curvature: ModelCurvature, passes: Sequence[ForwardPass], loss: ModelLoss
+        self,
+        curvature: ModelCurvature,
+        passes: Sequence[ForwardPass],
+        loss: ModelLoss,
+        is_burning_in: tf.Tensor,
     ) -> None:
         micro_steps = self.gradient_accumulation_steps or 1
         is_first = tf.equal(self._iterations % micro_steps, 0)
-        # The micro-batches of one step form a plain mean.
+        # The micro-batches of one step form a plain mean, and so do the batches of the burn-in.
         decay = scalar(value_at(self.factor_ema_decay, self.iterations), "float64")
-        decay = tf.where(is_first, decay, 1.0)
-        seed = tf.stack([self.seed, tf.cast(self._iterations, tf.int32)])
+        decay = tf.where(is_first & ~is_burning_in, decay, 1.0)
+        draw = tf.cast(self._iterations + self._burnt_in.value, tf.int32)
+        seed = tf.stack([self.seed, draw])
 
         def update() -> None:
             curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
 
-        ops.cond(self._is_due(self._factor_update_period), update, lambda: None)
-
-    def _burn_in(
-        self, curvature: ModelCurvature, passes: Sequence[ForwardPass], loss: ModelLoss
-    ) -> None:
-        """Includes the factors of a batch in their plain average."""
-        draw = -1 - tf.cast(self._burnt_in, tf.int32)  # Steps draw with 0, 1 and so on.
-        seed = tf.stack([self.seed, draw])
-        curvature.update(passes, loss, Fisher(self.fisher), seed, tf.ones(()))
-        self._burnt_in.assign_add(1)
-
-    def _is_burning_in(self) -> tf.Tensor:
-        return self._burnt_in.value < self.burn_in_steps
+        is_due = self._is_due(self._factor_update_period) | is_burning_in
+        ops.cond(is_due, update, lambda: None)
+        self._burnt_in.assign_add(tf.cast(is_burning_in, "int64"))
 
     @property
     def burn_in_steps_left(self) -> int:

@@ -62,7 +62,7 @@ class LevenbergMarquardt:
 
     def __init__(
         self,
-        initial: Any = None,
+        initial: float | str | None = None,
         minimum: float | None = None,
         maximum: float | None = None,
         decay: float = 0.95,
@@ -70,9 +70,7 @@ class LevenbergMarquardt:
         reject: bool = False,
         adapt_preconditioner: bool = False,
     ) -> None:
-        validation.check_damping_bounds(
-            first, minimum, maximum
-        )
+        validation.check_damping_bounds(initial, minimum, maximum, CALIBRATED)
         validation.check_open_unit_interval("decay", decay)
         validation.check_positive_int("period", period)
         self.initial = initial

@@ -168,22 +168,18 @@ class KFAC(SteppingOptimizer):
             _ = [forward_pass.single_target() for forward_pass in passes]
         built = self._build_curvature(passes)
 
+        is_burning_in = self._is_burning_in()
+
         def step() -> None:
-            self._update_factors(built.curvature, passes, loss)
             variables = trainable_variables or self._trainable_variables
             batch = Batch(passes, loss, self._unscaled(grads, variables))
             # For `_backend_update_step`, to which Keras hands no more than gradients.
             with instance_attribute(self, "_batch", batch):
                 super(KFAC, self).apply(grads, trainable_variables)
 
-        def burn_in() -> None:
-            self._burn_in(built.curvature, passes, loss)
-
         def proceed() -> None:
-            if self.burn_in_steps:
-                ops.cond(self._is_burning_in(), burn_in, step)
-            else:
-                step()
+            self._update_factors(built.curvature, passes, loss, is_burning_in)
+            ops.cond(is_burning_in, lambda: None, step)
 
         def skip() -> None:
             self.skipped_steps.assign_add(1)

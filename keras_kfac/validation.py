@@ -149,9 +149,12 @@ def check_positive_int(name: str, value: Any) -> None:
 
 
 def check_damping_bounds(
-    initial: float | None, minimum: float | None, maximum: float | None
+    initial: Any, minimum: float | None, maximum: float | None, word: str
 ) -> None:
-    """Checks positive numbers in order, each of which may be missing."""
+    """Checks positive numbers in order, each of which may be missing; the first may be a word."""
+    if isinstance(initial, str) and initial == word:
+        initial = None
+    check_positive("initial", initial, f"a positive number, {word!r} or None")
     given = {"minimum": minimum, "initial": initial, "maximum": maximum}
     for name, value in given.items():
         check_positive(name, value)

@@ -61,12 +61,18 @@ CHANGED = {
 }
 CONFIGS = {
     "changed": CHANGED,
-    "schedules": {"learning_rate": decay(), "damping": decay(0.5)},
+    "schedules": {
+        "learning_rate": decay(),
+        "damping": decay(0.5),
+        "momentum": decay(0.9),
+        "factor_ema_decay": decay(0.8),
+        "kl_clip": decay(0.7),
+    },
     "clipvalue": {"clipvalue": 0.5},
     "global_clipnorm": {"global_clipnorm": 0.5},
     "defaults": {},
     "own_damping_rule": {
-        "damping": LevenbergMarquardt(1.0, 0.1, 9.0, decay=0.9, period=2, reject=True)
+        "damping": LevenbergMarquardt(1.0, 0.1, 9.0, 0.9, 2, reject=True, adapt_preconditioner=True)
     },
 }
 ROUND_TRIPS: dict[str, Callable[[KFAC], KFAC]] = {
@@ -127,6 +133,15 @@ VARIANTS: dict[str, tuple[Callable[[], keras.Model], dict[str, Any], str]] = {
     "use_ema": (helpers.mlp, {"use_ema": True, "ema_overwrite_frequency": 2}, "float32"),
     "schedules": (helpers.mlp, {"learning_rate": decay(), "damping": decay(0.5)}, "float32"),
     "adaptive": (helpers.mlp_with_batch_normalization, helpers.ADAPTIVE, "float32"),
+    "exact_damping": (helpers.mlp, {"exact_damping": True}, "float32"),
+    "preconditioner": (
+        helpers.mlp,
+        {
+            **helpers.ADAPTIVE,
+            "damping": LevenbergMarquardt("calibrated", adapt_preconditioner=True),
+        },
+        "float32",
+    ),
     "mixed_bfloat16": (helpers.mlp, {}, "mixed_bfloat16"),
     "mixed_float16": (helpers.mlp_with_batch_normalization, {}, "mixed_float16"),
     "float64": (helpers.mlp, {}, "float64"),

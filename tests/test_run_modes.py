@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_kfac import LevenbergMarquardt
 from tests import helpers
 
 EPOCHS = 3
@@ -80,6 +81,12 @@ SAME_MATHEMATICS = {
     "custom_loop_in_graph": Mode(functools.partial(helpers.tape_loop, graph=True)),
     "train_on_batch": Mode(helpers.train_on_batches),
 }
+PRECONDITIONER = {
+    **helpers.ADAPTIVE,
+    "damping": LevenbergMarquardt(adapt_preconditioner=True),
+    "exact_damping": True,
+}
+CALIBRATED = {**helpers.ADAPTIVE, "damping": LevenbergMarquardt("calibrated")}
 ADAPTIVE = {
     "adaptive": Mode(optimizer=helpers.ADAPTIVE),
     "adaptive_eager": Mode(compile={"run_eagerly": True}, optimizer=helpers.ADAPTIVE),
@@ -104,6 +111,12 @@ MODES = {
         optimizer={**helpers.ADAPTIVE, "gradient_accumulation_steps": 2},
         examples=16 * helpers.BATCH,
     ),
+    "preconditioner": Mode(optimizer=PRECONDITIONER),
+    "preconditioner_jit": Mode(compile={"jit_compile": True}, optimizer=PRECONDITIONER),
+    "preconditioner_mixed_float16": Mode(policy="mixed_float16", optimizer=PRECONDITIONER),
+    "calibrated": Mode(optimizer=CALIBRATED),
+    "calibrated_eager": Mode(compile={"run_eagerly": True}, optimizer=CALIBRATED),
+    "calibrated_jit": Mode(compile={"jit_compile": True}, optimizer=CALIBRATED),
     "mixed_bfloat16": Mode(policy="mixed_bfloat16"),
     "mixed_float16": Mode(policy="mixed_float16"),
     "mixed_float16_jit": Mode(policy="mixed_float16", compile={"jit_compile": True}),

@@ -33,6 +33,7 @@ class KroneckerBlock:
         output_factor: `G`, `[..., d_out, d_out]`.
         weight: Accumulated weight of the moving averages; 0 before the first update.
         failed_refreshes: How often the damped factors could not be inverted.
+        refreshes: How often they could.
         staleness: Relative change of the inverse in the last successful refresh.
     """
 
@@ -54,6 +55,7 @@ class KroneckerBlock:
             for name, (shape, initial) in zip(inverse_type._fields, inverse_type.start(d_in, d_out))
         ]
         self.failed_refreshes = add_variable("failed_refreshes", (), "int32")
+        self.refreshes = add_variable("refreshes", (), "int32")
         self.staleness = add_variable("staleness", (), dtype)
 
     def update(self, statistics: LayerStatistics, examples: tf.Tensor, decay: tf.Tensor) -> None:
@@ -104,6 +106,7 @@ class KroneckerBlock:
         for variable, part in zip(self._inverse, inverse):
             variable.assign(tf.where(succeeded, part, tf.convert_to_tensor(variable)))
         self.failed_refreshes.assign_add(tf.cast(tf.logical_not(succeeded), tf.int32))
+        self.refreshes.assign_add(tf.cast(succeeded, tf.int32))
         self.staleness.assign(tf.where(succeeded, relative_change(old, inverse), self.staleness))
 
     @property

@@ -108,8 +108,9 @@ class ModelCurvature:
         return {layer_path(b.adapter.layer): float(b.inverse.condition_number) for b in self.blocks}
 
     def staleness(self) -> dict[str, float]:
-        """Relative changes of the inverses in the last refresh, by path of the layer."""
-        return {layer_path(b.adapter.layer): float(b.staleness) for b in self.blocks}
+        """Relative changes of the inverses since the refresh before, by path of the layer."""
+        again = [block for block in self.blocks if int(block.refreshes.numpy()) > 1]
+        return {layer_path(b.adapter.layer): float(b.staleness) for b in again}
 
     def failed_refreshes(self) -> dict[str, int]:
         """Layers whose damped factors could not be inverted, and how often."""
