@@ -124,7 +124,7 @@ def report(result: dict) -> str:
     """The number of failures, and each of them."""
     runs = result["runs"]
     failures = [run for run in runs if failed(run)]
-    ratio = np.median([run["after"] / run["before"] for run in runs])
+    ratio = np.median(np.nan_to_num([run["after"] / run["before"] for run in runs], nan=np.inf))
     lines = [
         f"{len(runs)} runs, {len(failures)} failures; median of loss over initial loss: {ratio:.3f}"
     ]
