@@ -21,7 +21,7 @@ from keras_kfac.settings import value_at
 
 
 @dataclasses.dataclass(frozen=True)
-class _Built:
+class Built:
     """What the first step finds out about the attached model."""
 
     curvature: ModelCurvature
@@ -35,7 +35,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._attachment: Attachment | None = None
-        self._built: _Built | None = None
+        self._built: Built | None = None
         self._burnt_in = self.add_variable((), dtype="int64", name="burnt_in")
 
     def attach(
@@ -143,12 +143,12 @@ class AttachableOptimizer(ConfiguredOptimizer):
         return {} if self._built is None else self._built.curvature.staleness()
 
     @property
-    def _known(self) -> _Built:
+    def _known(self) -> Built:
         if self._built is None:  # `apply` builds it; nothing else calls what needs it.
             raise unattached_error()
         return self._built
 
-    def _build_curvature(self, passes: Sequence[ForwardPass]) -> _Built:
+    def _build_curvature(self, passes: Sequence[ForwardPass]) -> Built:
         if self._built is not None:
             return self._built
         attachment = self._require_attachment()
@@ -165,7 +165,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
         self.build_fallback(others)
-        self._built = _Built(curvature, plan.rows, covered)
+        self._built = Built(curvature, plan.rows, covered)
         self.model_is_known = True
         self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
         return self._built

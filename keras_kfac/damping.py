@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_kfac import validation
 from keras_kfac.math.linalg import scalar
-from keras_kfac.math.step_control import levenberg_marquardt
+from keras_kfac.math.step_control import POOR, levenberg_marquardt
 
 # Relative to the mean eigenvalue of the Fisher matrix: above it, for short first steps.
 _RELATIVE_START = 10.0
@@ -17,6 +17,10 @@ CALIBRATED = "calibrated"
 _CALIBRATION = (1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
 # Without `initial` nothing is known of the scale: in so many first steps it is looked for.
 _START_STEPS = 20
+# In them a step is undone unless its ratio is at least this, and one of a poor ratio counts as so
+# many adaptations, for the scale may be far off.
+_START_RATIO = 0.5
+_START_HASTE = 4
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
@@ -30,8 +34,8 @@ class LevenbergMarquardt:
     Args:
         initial: Damping to start with, in units of the loss per squared weight. `None` takes 10
             times the mean eigenvalue of the Fisher matrix of the first batch, and finds the scale
-            in the first 20 steps: each of them adapts the damping, and is undone if it raises the
-            loss of its batch; inverses are also refreshed at steps 1, 2, 4, 8 and so on.
+            in the first 20 steps: each of them adapts the damping, and is undone if its ratio is
+            below ½; inverses are also refreshed at steps 1, 2, 4, 8 and so on.
             `"calibrated"` tries 7 values between 1000 and 1/1000 times the mean eigenvalue before
             the first step, and takes the one that lowers the loss of the first batch most: for
             large batches.
@@ -102,23 +106,39 @@ class LevenbergMarquardt:
         return damping * tf.stack([tf.ones_like(factor), 1 / factor, factor])
 
     def next(
-        self, damping: tf.Tensor, ratio: tf.Tensor, scale: tf.Tensor, signal_share: tf.Tensor
+        self,
+        damping: tf.Tensor,
+        ratio: tf.Tensor,
+        scale: tf.Tensor,
+        signal_share: tf.Tensor,
+        iterations: tf.Tensor,
     ) -> tf.Tensor:
         """The damping after a step of the given reduction ratio."""
         minimum = self.minimum
         if minimum is None:
             minimum = tf.cast(scale, damping.dtype) * tf.square(1 - signal_share)
         maximum = damping.dtype.max if self.maximum is None else self.maximum
-        return levenberg_marquardt(damping, ratio, self.decay**self.period, minimum, maximum)
+        decay = self.decay**self.period
+        is_start = self._is_start(iterations)
+        is_hasty = is_start & ~(ratio >= POOR)
+        # NaN raises the damping: a step that is undone must not be proposed again.
+        ratio = tf.where(
+            is_start & ~(ratio >= _START_RATIO), tf.constant(float("nan"), ratio.dtype), ratio
+        )
+        decay = tf.where(is_hasty, decay**_START_HASTE, decay)
+        return levenberg_marquardt(damping, ratio, decay, minimum, maximum)
 
     def is_due(self, iterations: tf.Tensor) -> tf.Tensor:
         """Whether the damping adapts at this step."""
         return tf.equal((iterations + 1) % self.period, 0) | self._is_start(iterations)
 
-    def accepts(self, change: tf.Tensor, iterations: tf.Tensor) -> tf.Tensor:
-        """Whether a step that changes the loss so is taken."""
-        rejects = tf.constant(self.reject) | self._is_start(iterations)
-        return tf.where(rejects, change <= 0, tf.math.is_finite(change))
+    def accepts(self, change: tf.Tensor, ratio: tf.Tensor, iterations: tf.Tensor) -> tf.Tensor:
+        """Whether a step that changes the loss so, at this reduction ratio, is taken."""
+        finite = tf.math.is_finite(change)
+        accepted = change <= 0 if self.reject else finite
+        # While the scale is looked for, a step that the model did not foresee may be any step: a
+        # long one that happens to lower the loss of its batch can put whole layers to death.
+        return tf.where(self._is_start(iterations), finite & (ratio >= _START_RATIO), accepted)
 
     def _is_start(self, iterations: tf.Tensor) -> tf.Tensor:
         return tf.constant(self.finds_its_scale) & (iterations < _START_STEPS)

@@ -1,6 +1,7 @@
 """What a step is made of: the batch, preconditioned gradients, previous steps and their model."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ import tensorflow as tf
 from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.curvature.regularization import l2_coefficient, penalty_change
 from keras_kfac.introspection import gauss_newton
+from keras_kfac.introspection.batch_part import BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
+from keras_kfac.math.linalg import is_finite
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import kl_clip_scale
 from keras_kfac.step_rule import solve
@@ -19,11 +22,20 @@ from keras_kfac.step_rule import solve
 Tensors = Mapping[int, tf.Tensor]
 """Tensors by `id` of the variable."""
 
-# The model takes its curvature on this part of the batch: its noise is small beside that of the
-# gradient, and forward-mode products cost as much as forward passes.
-BATCH_FRACTION = 0.125
+# The model takes its curvature on this part of the batch, if that is enough examples: its noise is
+# small beside that of the gradient, and forward-mode products cost as much as forward passes.
+MODEL_PART = BatchPart(0.125, 32)
+
+# Layers form at most so many groups, each with a learning rate of its own relative to the others.
+# Each costs a forward-mode product. Found by trial: see docs/step-control.md.
+GROUPS = 3
 
 _SUM = tf.float64
+
+
+def group_count(blocks: int) -> int:
+    """The number of groups of layers that as many curvature blocks make."""
+    return min(GROUPS, blocks)
 
 
 class Batch(NamedTuple):
@@ -36,15 +48,16 @@ class Batch(NamedTuple):
     def quadratic_model(
         self, variables: Sequence[keras.Variable], directions: Sequence[Tensors]
     ) -> QuadraticModel:
-        """The model of the loss, with its L2 regularisers, along two directions."""
+        """The model of the loss, with its L2 regularisers, along the given directions."""
         weights = current_values(variables)
-        curvature = gauss_newton.products(
-            self.passes, self.loss, weights, directions, BATCH_FRACTION
-        )
+        curvature = gauss_newton.products(self.passes, self.loss, weights, directions, MODEL_PART)
         metric = tf.zeros_like(curvature)
         for variable in variables:
-            parts = tf.stack([tf.reshape(d[id(variable)], [-1]) for d in directions])
+            own = [i for i, direction in enumerate(directions) if id(variable) in direction]
+            parts = tf.stack([tf.reshape(directions[i][id(variable)], [-1]) for i in own])
             products = tf.cast(tf.matmul(parts, parts, transpose_b=True), _SUM)
+            place = tf.one_hot(own, len(directions), dtype=_SUM)
+            products = tf.matmul(place, tf.matmul(products, place), transpose_a=True)
             metric += products
             curvature += l2_coefficient(variable) * products
         gradient = tf.stack([_dot(self.gradients, direction) for direction in directions])
@@ -67,13 +80,7 @@ def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
     values = [
         g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None
     ]
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])
-
-
-def combination(coefficients: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
-    """`α d + μ δ₀` in the dtype of `d`."""
-    rate, momentum = tf.unstack(tf.cast(coefficients, new.dtype))
-    return rate * new + momentum * tf.cast(old, new.dtype)
+    return tf.reduce_all([is_finite(value) for value in values])
 
 
 def _dot(gradients: Tensors, direction: Tensors) -> tf.Tensor:
@@ -85,12 +92,12 @@ class Proposal(NamedTuple):
     """Directions to combine into a step with the previous one.
 
     Attributes:
-        directions: Negative preconditioned gradients, by `id` of the variable.
-        product: Of the preconditioned gradient with the gradient, scalar.
+        groups: Negative preconditioned gradients by `id` of the variable, for each group of layers.
+        products: Of each group's preconditioned gradient with the gradient, `[groups]`.
     """
 
-    directions: Tensors
-    product: tf.Tensor
+    groups: Sequence[Tensors]
+    products: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,24 +127,41 @@ class Step:
     def propose(self, damping: tf.Tensor | None = None) -> Proposal:
         """Preconditions by the inverses that are kept, or by those of a damping to try."""
         inverses = None if damping is None else self.curvature.invert(damping)
-        directions, product = self.curvature.precondition(self.gradients, inverses)
-        return Proposal({key: -direction for key, direction in directions.items()}, product)
+        blocks = self.curvature.precondition(self.gradients, inverses)
+        count = group_count(len(blocks))
+        bounds = [len(blocks) * i // count for i in range(count + 1)]
+        groups: list[Tensors] = []
+        products = []
+        for start, end in itertools.pairwise(bounds):
+            parts = blocks[start:end]
+            groups.append({key: -d for directions, _ in parts for key, d in directions.items()})
+            products.append(tf.add_n([tf.cast(product, _SUM) for _, product in parts]))
+        return Proposal(groups, tf.stack(products))
 
     def model(self, proposal: Proposal) -> QuadraticModel:
         """The model of the loss along the new directions and the previous step."""
-        return self.batch.quadratic_model(self.variables, [proposal.directions, self.previous])
+        return self.batch.quadratic_model(self.variables, [*proposal.groups, self.previous])
 
-    def clip(self, proposal: Proposal, coefficients: tf.Tensor) -> tf.Tensor:
-        """The factor that the KL clip puts on the learning rate; 1 without one."""
+    def clip(self, proposal: Proposal, coefficients: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The KL clip.
+
+        Returns:
+            Coefficients of the step after it, and the factor that it put on the new directions.
+        """
         if self.kl_clip is None:
-            return tf.ones((), _SUM)
-        return tf.cast(kl_clip_scale(proposal.product, coefficients[0], self.kl_clip), _SUM)
+            return coefficients, tf.ones((), _SUM)
+        new = coefficients[:-1]
+        scale = kl_clip_scale(proposal.products, new, self.kl_clip)
+        return tf.concat([scale * new, coefficients[-1:]], axis=0), scale
 
     def combine(self, proposal: Proposal, coefficients: tf.Tensor) -> Tensors:
-        """The step of each variable."""
+        """The step of each variable, given the coefficients of all directions."""
+        *rates, momentum = tf.unstack(coefficients)
         return {
-            key: combination(coefficients, direction, self.previous[key])
-            for key, direction in proposal.directions.items()
+            key: tf.cast(rate, new.dtype) * new
+            + tf.cast(momentum, new.dtype) * tf.cast(self.previous[key], new.dtype)
+            for rate, group in zip(rates, proposal.groups)
+            for key, new in group.items()
         }
 
     def loss_change(self, steps: Tensors) -> tf.Tensor:
@@ -153,5 +177,5 @@ class Step:
         """What the batch's loss would change by with this damping."""
         proposal = self.propose(damping)
         coefficients = solve(self.model(proposal), damping, self.fixed, self.is_free)
-        clip = self.clip(proposal, coefficients)
-        return self.loss_change(self.combine(proposal, coefficients * tf.stack([clip, 1.0])))
+        coefficients, _ = self.clip(proposal, coefficients)
+        return self.loss_change(self.combine(proposal, coefficients))

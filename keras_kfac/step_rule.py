@@ -1,4 +1,4 @@
-"""How far to step: the quadratic model averaged over steps, and its minimiser."""
+"""How far to step along each direction: averaged quadratic models and their minimisers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_kfac.curvature.block import AddVariable
+from keras_kfac.math.linalg import scalar
 from keras_kfac.math.moving_average import weighted_average
-from keras_kfac.math.quadratic_model import QuadraticModel, minimise
+from keras_kfac.math.quadratic_model import QuadraticModel, group_rates, minimise
 
 # A solved momentum beyond this means that the model can't tell the directions apart.
 _MAX_MOMENTUM = 0.95
@@ -24,7 +26,7 @@ _SUM = tf.float64
 
 
 class StepRule:
-    """Solves for learning rate and momentum, with memory of earlier steps.
+    """Solves for learning rates and momentum, with memory of earlier steps.
 
     On a large batch the minimiser of the batch's own model is the step to take. On a small one
     that model fits the noise: the gradient and the direction made from it err alike, so the
@@ -34,8 +36,12 @@ class StepRule:
     """
 
     def __init__(self, add_variable: Callable[..., keras.Variable]) -> None:
-        self.average = AveragedModel(add_variable)
         self.share = SignalShare(add_variable)
+        self._average: AveragedModel | None = None
+
+    def build(self, add_variable: AddVariable, directions: int) -> None:
+        """Creates what depends on the number of directions, the previous step included."""
+        self._average = AveragedModel(add_variable, directions)
 
     def choose(
         self,
@@ -44,7 +50,7 @@ class StepRule:
         fixed: Sequence[Any],
         is_free: Sequence[Any],
     ) -> tf.Tensor:
-        """Learning rate and momentum, `[2]`.
+        """Coefficients of all directions.
 
         Args:
             model: The model of this step.
@@ -54,34 +60,60 @@ class StepRule:
         """
         share = self.share.measure(model)
         noise = _TOLERATED_NOISE * (1 - share)
-        average = self.average.include(model, noise / (share + noise))
-        discount = tf.stack([share**_DISCOUNT_POWER, tf.ones((), _SUM)])
-        discounted = average._replace(gradient=discount * average.gradient)
-        return solve(discounted, damping, fixed, is_free)
+        if self._average is not None:
+            model = self._average.include(model, noise / (share + noise))
+        *new, previous = tf.unstack(model.gradient)
+        slopes = [share**_DISCOUNT_POWER * slope for slope in new]
+        discounted = model._replace(gradient=tf.stack([*slopes, previous]))
+        return solve(discounted, damping, fixed, is_free, share)
 
 
 def solve(
-    model: QuadraticModel, damping: tf.Tensor, fixed: Sequence[Any], is_free: Sequence[Any]
+    model: QuadraticModel,
+    damping: tf.Tensor,
+    fixed: Sequence[Any],
+    is_free: Sequence[Any],
+    signal_share: Any = 1.0,
 ) -> tf.Tensor:
-    """The minimiser of a model with damping, the momentum in its range; see `StepRule.choose`."""
-    return minimise(
-        model.damped(damping),
-        model.gradient,
+    """The step that minimises a model with damping, the momentum in its range.
+
+    If the learning rate is free, the groups of layers get rates of their own relative to it: the
+    more so, the less noise there is. Noise makes slopes of all groups look steeper, of some more
+    than of others.
+
+    Returns:
+        Coefficients of all directions. Those of the new ones average to the learning rate.
+    """
+    matrix = model.damped(damping)
+    rates = group_rates(matrix[:-1, :-1], model.gradient[:-1])
+    confidence = tf.where(is_free[0], tf.sqrt(scalar(signal_share, rates.dtype)), 0)
+    rates = 1 + confidence * (rates - 1)
+    new, previous = tf.pad(rates, [[0, 1]]), tf.one_hot(rates.shape[0], rates.shape[0] + 1)
+    basis = tf.stack([new, tf.cast(previous, new.dtype)], axis=1)
+    combined = model.along(basis)
+    coefficients = minimise(
+        combined.damped(damping),
+        combined.gradient,
         fixed,
         is_free,
         momentum_range=(0.0, _MAX_MOMENTUM),
     )
+    return tf.linalg.matvec(basis, coefficients)
 
 
 class AveragedModel:
     """Exponential moving average of quadratic models, leaving out what is not finite."""
 
-    def __init__(self, add_variable: Callable[..., keras.Variable]) -> None:
+    def __init__(self, add_variable: AddVariable, directions: int) -> None:
+        def add(name: str, *shape: int) -> keras.Variable:
+            return add_variable(f"average.{name}", shape, "float64")
+
         self._parts = [
-            add_variable(shape, dtype="float64", name=f"average_{name}")
-            for name, shape in (("curvature", (2, 2)), ("metric", (2, 2)), ("gradient", (2,)))
+            add("curvature", directions, directions),
+            add("metric", directions, directions),
+            add("gradient", directions),
         ]
-        self._weight = add_variable((), dtype="float64", name="average_weight")
+        self._weight = add("weight")
 
     def include(self, model: QuadraticModel, decay: tf.Tensor) -> QuadraticModel:
         """Includes a model, and returns the average."""
@@ -119,7 +151,7 @@ class SignalShare:
     def measure(self, model: QuadraticModel) -> tf.Tensor:
         """The share, given the model of the batch after the step of `remember`."""
         promise = tf.convert_to_tensor(self._last_promise.value)
-        found = model.gradient[1] - model.curvature[1, 1] - self._last_known.value
+        found = model.gradient[-1] - model.curvature[-1, -1] - self._last_known.value
         counts = (promise < 0) & tf.math.is_finite(promise) & tf.math.is_finite(found)
         confirmed = _SHARE_DECAY * self._confirmed.value + tf.where(counts, found, 0)
         promised = _SHARE_DECAY * self._promised.value + tf.where(counts, promise, 0)
@@ -137,6 +169,5 @@ class SignalShare:
     def remember(self, model: QuadraticModel, coefficients: tf.Tensor, accepted: tf.Tensor) -> None:
         """Notes what the step with these coefficients promises; nothing if it is not taken."""
         promises = tf.where(accepted, coefficients * model.gradient, tf.zeros((), _SUM))
-        promise, known = tf.unstack(promises)
-        self._last_promise.assign(promise)
-        self._last_known.assign(known)
+        self._last_promise.assign(tf.reduce_sum(promises[:-1]))
+        self._last_known.assign(promises[-1])

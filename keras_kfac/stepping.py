@@ -1,18 +1,20 @@
 """An optimizer that chooses the steps of the weights that curvature blocks cover."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kfac.attachable import AttachableOptimizer
+from keras_kfac.attachable import AttachableOptimizer, Built
 from keras_kfac.damping import LevenbergMarquardt, best
+from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import reduction_ratio
 from keras_kfac.settings import value_at
-from keras_kfac.step import Batch, Proposal, Step, Tensors
+from keras_kfac.step import Batch, Proposal, Step, Tensors, group_count
 from keras_kfac.step_rule import StepRule
 
 
@@ -29,6 +31,14 @@ class SteppingOptimizer(AttachableOptimizer):
             (), dtype="float64", name="preconditioner_damping"
         )
         self._step_rule = StepRule(self.add_variable)
+
+    def _build_curvature(self, passes: Sequence[ForwardPass]) -> Built:
+        is_new = self._built is None
+        built = super()._build_curvature(passes)
+        if is_new and self.can_adapt:
+            directions = group_count(len(built.curvature.blocks)) + 1
+            self._step_rule.build(self.model_variable, directions)
+        return built
 
     @property
     def signal_share(self) -> keras.Variable:
@@ -85,17 +95,18 @@ class SteppingOptimizer(AttachableOptimizer):
     def _coefficients(
         self, step: Step, proposal: Proposal, model: QuadraticModel | None
     ) -> tf.Tensor:
-        """Learning rate and momentum of this step, KL clip included."""
-        coefficients = tf.stack(step.fixed)
+        """Coefficients of the groups' directions and the previous step, KL clip included."""
+        rate, momentum = step.fixed
+        coefficients = tf.stack([rate] * len(proposal.groups) + [momentum])
         if model is not None:
             damping = scalar(self.damping, "float64")
             coefficients = self._step_rule.choose(model, damping, step.fixed, step.is_free)
             if self._can_adapt_learning_rate:
-                self._learning_rate.assign(tf.cast(coefficients[0], self._learning_rate.dtype))
-            self._momentum.variable.assign(coefficients[1])
-        clip = step.clip(proposal, coefficients)
+                rate = tf.reduce_mean(coefficients[:-1])
+                self._learning_rate.assign(tf.cast(rate, self._learning_rate.dtype))
+            self._momentum.variable.assign(coefficients[-1])
+        coefficients, clip = step.clip(proposal, coefficients)
         self.kl_clip_scale.assign(clip)
-        coefficients *= tf.stack([clip, 1.0])
         if model is not None:
             self.step_kl.assign(model.kl(coefficients))
         return coefficients
@@ -114,8 +125,8 @@ class SteppingOptimizer(AttachableOptimizer):
             scale = self._known.curvature.mean_eigenvalue()
             share = tf.convert_to_tensor(self.signal_share.value)
             self.reduction_ratio.assign(ratio)
-            damping.assign(rule.next(damping.value, ratio, scale, share))
-            accepted = rule.accepts(change, self.iterations)
+            damping.assign(rule.next(damping.value, ratio, scale, share, self.iterations))
+            accepted = rule.accepts(change, ratio, self.iterations)
             self.rejected_steps.assign_add(tf.where(accepted, 0, 1))
             return accepted
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_kfac import KFAC, LevenbergMarquardt
 from keras_kfac import step as step_module
 from keras_kfac.damping import best
+from keras_kfac.introspection.batch_part import WHOLE
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse, relative_change
 from tests import helpers
 from tests.reference import assert_close
@@ -211,7 +212,7 @@ def test_calibration_finds_what_lowers_the_loss_of_the_first_batch_most(inverse,
 @pytest.mark.parametrize("power", [-6, -4, -2, 2, 4, 6])
 def test_preconditioner_damping_goes_where_the_model_is_lowest(power, monkeypatch):
     """Where the block is exact, that is at the damping of the model; from afar it comes back."""
-    monkeypatch.setattr(step_module, "BATCH_FRACTION", 1.0)
+    monkeypatch.setattr(step_module, "MODEL_PART", WHOLE)
     rng = np.random.default_rng(6)
     x, y = rng.normal(size=(40, 4)), rng.normal(size=(40, 2))
     rule = LevenbergMarquardt(0.5, 0.5, 0.5, adapt_preconditioner=True)

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_kfac import KFAC, KFACCallback, LevenbergMarquardt
 from keras_kfac import step as step_module
 from keras_kfac.introspection import forward_pass, gauss_newton
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart
 from keras_kfac.introspection.losses import resolve_loss
 from keras_kfac.introspection.replay import Replay
 from keras_kfac.math import step_control
@@ -23,7 +24,7 @@ layers = keras.layers
 @pytest.fixture
 def whole_batch(monkeypatch):
     """The quadratic model on all examples of a batch."""
-    monkeypatch.setattr(step_module, "BATCH_FRACTION", 1.0)
+    monkeypatch.setattr(step_module, "MODEL_PART", WHOLE)
 
 
 @pytest.fixture
@@ -118,7 +119,8 @@ class TestProducts:
             weights_of(model),
             random_directions(model, 2),
         )
-        assert_close(gauss_newton.products(*arguments, 0.25), gauss_newton.products(*arguments))
+        quarter = gauss_newton.products(*arguments, BatchPart(0.25))
+        assert_close(quarter, gauss_newton.products(*arguments))
 
     @pytest.mark.parametrize("case", LOSSES, ids=str)
     def test_half_of_it_is_the_kl_divergence(self, case):
@@ -433,7 +435,7 @@ def test_floor_rises_with_the_noise(share, floor):
     """Relative to the mean eigenvalue, here 8."""
     damping = tf.constant(1e-6, tf.float64)
     share = tf.constant(share, tf.float64)
-    new = LevenbergMarquardt().next(damping, tf.constant(0.9), tf.constant(8.0), share)
+    new = LevenbergMarquardt().next(damping, tf.constant(0.9), tf.constant(8.0), share, 100)
     assert float(new) == pytest.approx(max(floor, 1e-6 * 0.95**5))
 
 

@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import keras
 import tensorflow as tf
+from keras import ops
 
 from keras_kfac.curvature.regularization import l2_coefficient
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
 from keras_kfac.math.inverses import Inverse, relative_change
-from keras_kfac.math.linalg import scalar
+from keras_kfac.math.linalg import is_finite, scalar
 from keras_kfac.math.moving_average import weighted_average
 
 AddVariable = Callable[..., keras.Variable]
@@ -60,23 +61,25 @@ class KroneckerBlock:
 
     def update(self, statistics: LayerStatistics, examples: tf.Tensor, decay: tf.Tensor) -> None:
         """Includes the factors of a batch in the moving averages, unless they are not finite."""
-        finite = tf.logical_and(
-            tf.reduce_all(tf.math.is_finite(statistics.input_factor)),
-            tf.reduce_all(tf.math.is_finite(statistics.output_factor)),
-        )
+        new_factors = (statistics.input_factor, statistics.output_factor)
         weight = tf.convert_to_tensor(self.weight)
-        examples = tf.cast(examples, weight.dtype)
-        new_weight = weight
-        for variable, new in (
-            (self.input_factor, statistics.input_factor),
-            (self.output_factor, statistics.output_factor),
-        ):
-            old = tf.convert_to_tensor(variable)
-            average, new_weight = weighted_average(
-                old, weight, tf.cast(new, old.dtype), examples, tf.cast(decay, old.dtype)
-            )
-            variable.assign(tf.where(finite, average, old))
-        self.weight.assign(tf.where(finite, new_weight, weight))
+
+        def include() -> None:
+            new_weight = weight
+            for variable, new in zip((self.input_factor, self.output_factor), new_factors):
+                old = tf.convert_to_tensor(variable)
+                average, new_weight = weighted_average(
+                    old,
+                    weight,
+                    tf.cast(new, old.dtype),
+                    tf.cast(examples, weight.dtype),
+                    tf.cast(decay, old.dtype),
+                )
+                variable.assign(average)
+            self.weight.assign(new_weight)
+
+        finite = tf.reduce_all([is_finite(factor) for factor in new_factors])
+        ops.cond(finite, include, lambda: None)
 
     @property
     def size(self) -> int:
@@ -101,13 +104,17 @@ class KroneckerBlock:
 
     def keep(self, inverse: Inverse) -> None:
         """Keeps an inverse for the next steps; the previous one if it is not finite."""
-        old = self.inverse
-        succeeded = tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in inverse])
-        for variable, part in zip(self._inverse, inverse):
-            variable.assign(tf.where(succeeded, part, tf.convert_to_tensor(variable)))
-        self.failed_refreshes.assign_add(tf.cast(tf.logical_not(succeeded), tf.int32))
-        self.refreshes.assign_add(tf.cast(succeeded, tf.int32))
-        self.staleness.assign(tf.where(succeeded, relative_change(old, inverse), self.staleness))
+
+        def replace() -> None:
+            self.staleness.assign(relative_change(self.inverse, inverse))
+            for variable, part in zip(self._inverse, inverse):
+                variable.assign(part)
+            self.refreshes.assign_add(1)
+
+        def fail() -> None:
+            self.failed_refreshes.assign_add(1)
+
+        ops.cond(tf.reduce_all([is_finite(part) for part in inverse]), replace, fail)
 
     @property
     def inverse(self) -> Inverse:

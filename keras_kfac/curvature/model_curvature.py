@@ -65,7 +65,7 @@ class ModelCurvature:
 
     def precondition(
         self, gradients: Mapping[int, tf.Tensor], inverses: Sequence[Inverse] | None = None
-    ) -> tuple[Gradients, tf.Tensor]:
+    ) -> list[tuple[Gradients, tf.Tensor]]:
         """Natural gradient of all covered variables that have a gradient.
 
         Args:
@@ -73,13 +73,13 @@ class ModelCurvature:
             inverses: Those to use in place of the kept ones.
 
         Returns:
-            Directions by `id` of the variable, and their inner product with the gradients.
+            For each block, in the order of the layers, its directions by `id` of the variable and
+            their inner product with the gradients. Blocks without a gradient are left out.
 
         Raises:
             ValueError: If a part of a block has no gradient.
         """
-        directions: Gradients = {}
-        inner_product = tf.zeros((), self._dtype)
+        results = []
         inverses = inverses or [block.inverse for block in self.blocks]
         for block, inverse in zip(self.blocks, inverses):
             variables = block.adapter.variables
@@ -93,10 +93,8 @@ class ModelCurvature:
                     f"layer {block.adapter.layer.name!r} without gradients for "
                     f"{[v.path for v in variables if id(v) not in present]}"
                 )
-            direction, product = block.precondition(present, inverse)
-            directions.update(direction)
-            inner_product += tf.cast(product, self._dtype)
-        return directions, inner_product
+            results.append(block.precondition(present, inverse))
+        return results
 
     def mean_eigenvalue(self) -> tf.Tensor:
         """Mean eigenvalue of the approximate Fisher matrix, undamped."""

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart, whole_over_part
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss, single_output
 from keras_kfac.introspection.replay import Weights, tangents
-from keras_kfac.math.linalg import scalar
 
 # Sums over a batch, and differences of losses, need more digits than the terms have.
 _SUM = tf.float64
@@ -19,7 +19,7 @@ def products(
     loss: ModelLoss,
     weights: Weights,
     directions: Sequence[Weights],
-    batch_fraction: float = 1.0,
+    part: BatchPart = WHOLE,
 ) -> tf.Tensor:
     """Products `dᵢᵀ C dⱼ` in the generalised Gauss-Newton matrix `C` of the batch's loss.
 
@@ -30,8 +30,8 @@ def products(
         passes: Forward passes that make up the loss.
         loss: The loss.
         weights: Weights to differentiate by, with their values.
-        directions: Directions in the space of these weights.
-        batch_fraction: In (0, 1]: take `C` on the first part of the batch only.
+        directions: Directions in the space of these weights; what one leaves out stays as it is.
+        part: How much of the batch to take `C` on; it then stands for the whole.
 
     Returns:
         Float64 tensor `[len(directions), len(directions)]`, symmetric.
@@ -43,7 +43,10 @@ def products(
     for forward_pass in passes:
         outputs = single_output(forward_pass)
         coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
-        examples, coefficients = _part(coefficients, batch_fraction)
+        coefficients, examples = tf.cast(coefficients, _SUM), None
+        if not part.is_whole:
+            examples = part.examples(tf.shape(coefficients)[0])
+            coefficients = coefficients[:examples] * whole_over_part(coefficients, examples)
         natural, vectors = tangents(
             forward_pass.again, weights, directions, loss.natural_outputs, examples
         )
@@ -55,19 +58,6 @@ def products(
 
 def _pairs(size: int) -> list[tuple[int, int]]:
     return list(itertools.combinations_with_replacement(range(size), 2))
-
-
-def _part(
-    coefficients: tf.Tensor, batch_fraction: float
-) -> tuple[tf.Tensor | int | None, tf.Tensor]:
-    """The number of examples to use, and their coefficients made to stand for the whole batch."""
-    coefficients = tf.cast(coefficients, _SUM)
-    if batch_fraction == 1:
-        return None, coefficients
-    batch = tf.cast(tf.shape(coefficients)[0], _SUM)
-    examples = tf.cast(tf.math.ceil(batch * scalar(batch_fraction, _SUM)), tf.int32)
-    part = coefficients[:examples]
-    return examples, part * tf.math.divide_no_nan(tf.reduce_sum(coefficients), tf.reduce_sum(part))
 
 
 def loss_change(passes: Sequence[ForwardPass], loss: ModelLoss, weights: Weights) -> tf.Tensor:

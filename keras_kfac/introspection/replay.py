@@ -90,19 +90,18 @@ def tangents(
     Args:
         replay: The forward pass.
         primals: Weights to differentiate by, with their values.
-        directions: A tangent for each of them, and that several times.
+        directions: Tangents for some of them, and that several times.
         natural_outputs: Function from the model's outputs to the tensor to differentiate.
         examples: Use the first so many examples only.
 
     Returns:
         The natural outputs and their tangents for each direction.
     """
-    keys = list(primals)
-    values = [primals[key] for key in keys]
     results = []
     # Not nested: that would build the derivatives of the derivatives too.
     for direction in directions:
-        with tf.autodiff.ForwardAccumulator(values, [direction[key] for key in keys]) as tape:
-            outputs = natural_outputs(replay.outputs(dict(zip(keys, values)), examples))
+        watched = [primals[key] for key in direction]
+        with tf.autodiff.ForwardAccumulator(watched, list(direction.values())) as tape:
+            outputs = natural_outputs(replay.outputs(primals, examples))
         results.append(tape.jvp(outputs, tf.UnconnectedGradients.ZERO))
     return outputs, results

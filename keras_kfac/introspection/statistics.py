@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart, whole_over_part
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss, single_output
 from keras_kfac.math import factors
@@ -26,6 +27,11 @@ class Fisher(enum.StrEnum):
     """Outer products of the gradients of the training loss. A different matrix."""
 
 
+# The sampled Fisher matrix is an estimate in any case; its moving average sees many batches.
+# Martens & Grosse (2015), section 8, take an eighth of the batch.
+SAMPLED_PART = BatchPart(0.25, 128)
+
+
 class LayerStatistics(NamedTuple):
     """Kronecker factors of one layer on one batch."""
 
@@ -41,19 +47,39 @@ class BatchStatistics(NamedTuple):
 
 
 class _ScoredPass(NamedTuple):
-    """A forward pass with the derivative of the loss by the loss at each output position."""
+    """A forward pass with the derivative of the loss by the loss at each output position.
+
+    Attributes:
+        examples: How many examples are used, the first ones; `None` for all.
+    """
 
     forward_pass: ForwardPass
     outputs: tf.Tensor
     coefficients: tf.Tensor
     is_weighted: bool
+    examples: tf.Tensor | None
 
     def example_weights(self) -> tf.Tensor | None:
-        """What each example contributes to the loss, `[batch]`; `None` if all the same."""
+        """What each used example contributes to the loss; `None` if all the same."""
         if not self.is_weighted:
             return None
-        coefficients = self.coefficients
+        coefficients = self.coefficients[: self.examples]
         return tf.reduce_sum(coefficients, axis=list(range(1, coefficients.shape.rank)))
+
+    def used(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | float]:
+        """What a tensor of a layer holds of the used examples.
+
+        Returns:
+            That part, and what sums over it are to be multiplied by to stand for the whole. A
+            tensor whose first axis is not the batch is all used.
+        """
+        if self.examples is None:
+            return tensor, 1.0
+        size, batch = tf.shape(tensor)[0], tf.shape(self.coefficients)[0]
+        is_batch = tf.equal(size, batch)
+        scale = whole_over_part(self.coefficients, self.examples)
+        part = tensor[: tf.where(is_batch, self.examples, size)]
+        return part, tf.where(is_batch, tf.cast(scale, tensor.dtype), 1)
 
 
 def collect(
@@ -78,7 +104,8 @@ def collect(
         dtype: Of the factors.
     """
     adapters = [a for a in adapters if any(id(a.layer) in p.calls for p in passes)]
-    scored = [_score(forward_pass, loss) for forward_pass in passes]
+    part = SAMPLED_PART if fisher is Fisher.SAMPLED else WHOLE
+    scored = [_score(forward_pass, loss, part) for forward_pass in passes]
     output_factors = {id(a.layer): tf.zeros((), dtype) for a in adapters}
     for index, item in enumerate(scored):
         pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
@@ -98,17 +125,18 @@ def collect(
     return BatchStatistics(layers, tf.add_n([_examples(item, dtype) for item in scored]))
 
 
-def _score(forward_pass: ForwardPass, loss: ModelLoss) -> _ScoredPass:
+def _score(forward_pass: ForwardPass, loss: ModelLoss, part: BatchPart) -> _ScoredPass:
     outputs = single_output(forward_pass)
+    examples = None if part.is_whole else part.examples(tf.shape(outputs)[0])
     coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
     is_weighted = forward_pass.sample_weight is not None or _keras_internals.has_mask(outputs)
-    return _ScoredPass(forward_pass, outputs, coefficients, is_weighted)
+    return _ScoredPass(forward_pass, outputs, coefficients, is_weighted, examples)
 
 
 def _examples(item: _ScoredPass, dtype: tf.DType) -> tf.Tensor:
     weights = item.example_weights()
     if weights is None:
-        return tf.cast(tf.shape(item.outputs)[0], dtype)
+        return tf.cast(tf.shape(item.outputs[: item.examples])[0], dtype)
     return tf.reduce_sum(tf.cast(weights > 0, dtype))
 
 
@@ -119,23 +147,22 @@ def _input_factor(
     for item in scored:
         example_weights = item.example_weights()
         for call in item.forward_pass.calls.get(id(adapter.layer), []):
-            rows = adapter.input_rows(tf.cast(call.inputs, dtype))
-            _check_batch(adapter, call.inputs, example_weights)
+            inputs, scale = item.used(tf.cast(call.inputs, dtype))
+            rows = adapter.input_rows(inputs)
+            _check_batch(adapter, call.inputs, item)
             moment, moment_weight = factors.input_moment(rows, example_weights)
-            total, weight = total + moment, weight + moment_weight
+            total, weight = total + scale * moment, weight + scale * moment_weight
     return tf.math.divide_no_nan(total, weight)
 
 
-def _check_batch(
-    adapter: LayerAdapter, inputs: tf.Tensor, example_weights: tf.Tensor | None
-) -> None:
-    if example_weights is None:
+def _check_batch(adapter: LayerAdapter, inputs: tf.Tensor, item: _ScoredPass) -> None:
+    if not item.is_weighted:
         return
-    if not inputs.shape[:1].is_compatible_with(example_weights.shape):
+    if not inputs.shape[:1].is_compatible_with(item.coefficients.shape[:1]):
         raise ValueError(
             "With sample weights or masks, K-FAC needs the same batch axis in a layer's input and "
             f"in the model's output. Received: layer {adapter.layer.name!r} with inputs of shape "
-            f"{inputs.shape} and weights of shape {example_weights.shape}"
+            f"{inputs.shape} and weights of shape {item.coefficients.shape[:1]}"
         )
 
 
@@ -148,13 +175,13 @@ def _output_factors(
 ) -> dict[int, tf.Tensor]:
     """Back-propagates vectors and sums the outer products of what arrives at each layer."""
     gradients = item.forward_pass.output_gradients([a.layer for a in adapters], targets, vectors)
+
+    def factor(adapter: LayerAdapter, gradient: tf.Tensor) -> tf.Tensor:
+        used, scale = item.used(tf.cast(gradient, dtype))
+        return scale * factors.output_factor(adapter.output_rows(used))
+
     return {
-        id(a.layer): tf.add_n(
-            [
-                factors.output_factor(a.output_rows(tf.cast(gradient, dtype)))
-                for gradient in gradients[id(a.layer)]
-            ]
-        )
+        id(a.layer): tf.add_n([factor(a, gradient) for gradient in gradients[id(a.layer)]])
         for a in adapters
     }
 

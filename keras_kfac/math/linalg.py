@@ -1,5 +1,7 @@
 """Linear algebra of symmetric positive definite matrices."""
 
+from typing import Any
+
 import tensorflow as tf
 
 
@@ -13,16 +15,30 @@ def scalar(value: float | tf.Tensor, dtype: tf.DType | str) -> tf.Tensor:
     return tf.constant(value, dtype)
 
 
+def is_finite(tensor: tf.Tensor) -> tf.Tensor:
+    """Whether all entries are finite, bool scalar.
+
+    A sum shows it in one pass, without a tensor of bools: NaN and infinities survive in sums.
+    """
+    wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor
+    return tf.math.is_finite(tf.reduce_sum(wide))
+
+
 def symmetrize(matrix: tf.Tensor) -> tf.Tensor:
     """Returns the symmetric part `(M + Mᵀ) / 2` of `[..., d, d]` matrices."""
     return 0.5 * (matrix + tf.linalg.matrix_transpose(matrix))
+
+
+# Matrices up to this size are factorised by one library call, larger ones by blocks: the calls run
+# on one core, the matrix products between blocks on all.
+_LEAF_SIZE = 256
 
 
 def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
     """Inverse of symmetric positive definite matrices by Cholesky factorisation.
 
     Args:
-        matrix: Tensor `[..., d, d]`, symmetric.
+        matrix: Tensor `[..., d, d]`, symmetric, of static `d`.
 
     Returns:
         Tensor `[..., d, d]`, exactly symmetric. All NaN where a matrix is not positive definite
@@ -32,16 +48,45 @@ def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
     >>> spd_inverse(tf.constant([[4.0, 0.0], [0.0, 1.0]])).numpy().tolist()
     [[0.25, 0.0], [0.0, 1.0]]
     """
-    factor = tf.linalg.cholesky(matrix)
-    identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
-    identity = tf.broadcast_to(identity, tf.shape(matrix))
-    inverse_factor = tf.linalg.triangular_solve(factor, identity)
-    # One matrix product replaces the second triangular solve: it runs on all cores, and the
-    # result of MᵀM is symmetric up to rounding.
-    inverse = symmetrize(tf.matmul(inverse_factor, inverse_factor, transpose_a=True))
-    # A failed factorisation leaves NaN in a part of the matrix only.
-    succeeded = tf.reduce_all(tf.math.is_finite(inverse), axis=[-2, -1], keepdims=True)
-    return tf.where(succeeded, inverse, tf.constant(float("nan"), inverse.dtype))
+    _, inverse = _factor_and_inverse(matrix)
+    # A failed factorisation leaves NaN in a part of the matrix only, but always in its trace.
+    trace = tf.linalg.trace(inverse)[..., tf.newaxis, tf.newaxis]
+    return inverse + tf.where(tf.math.is_finite(trace), tf.zeros_like(trace), float("nan"))
+
+
+def _factor_and_inverse(matrix: tf.Tensor, needs_factor: bool = False) -> tuple[Any, tf.Tensor]:
+    """`L⁻¹` (if needed) and `L⁻ᵀ L⁻¹` for the Cholesky factor `L` of a matrix, by halves.
+
+    With `[[A, Bᵀ], [B, C]]`, `A = L₁L₁ᵀ`, `M = B L₁⁻ᵀ` and `S = C - M Mᵀ = L₂L₂ᵀ`
+
+        L⁻¹ = [[L₁⁻¹, 0], [-L₂⁻¹ M L₁⁻¹, L₂⁻¹]].
+
+    Source: Higham (2002), "Accuracy and Stability of Numerical Algorithms", sections 10.1, 14.2.
+    """
+    size = matrix.shape[-1]
+    if size <= _LEAF_SIZE:
+        identity = tf.broadcast_to(tf.eye(size, dtype=matrix.dtype), tf.shape(matrix))
+        factor = tf.linalg.triangular_solve(tf.linalg.cholesky(matrix), identity)
+        return factor, symmetrize(tf.matmul(factor, factor, transpose_a=True))
+    half = size // 2
+    b, c = matrix[..., half:, :half], matrix[..., half:, half:]
+    first, first_inverse = _factor_and_inverse(matrix[..., :half, :half], needs_factor=True)
+    m = tf.matmul(b, first, transpose_b=True)
+    rest = symmetrize(c - tf.matmul(m, m, transpose_b=True))
+    second, second_inverse = _factor_and_inverse(rest, needs_factor)
+    w = tf.matmul(m, first)
+    v = tf.matmul(second_inverse, w)
+    corner = symmetrize(first_inverse + tf.matmul(w, v, transpose_a=True))
+    inverse = _blocks(corner, -tf.linalg.matrix_transpose(v), -v, second_inverse)
+    if not needs_factor:
+        return None, inverse
+    upper = tf.zeros_like(tf.linalg.matrix_transpose(v))
+    return _blocks(first, upper, -tf.matmul(second, w), second), inverse
+
+
+def _blocks(a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor) -> tf.Tensor:
+    """`[[a, b], [c, d]]`."""
+    return tf.concat([tf.concat([a, b], axis=-1), tf.concat([c, d], axis=-1)], axis=-2)
 
 
 def eigen_decomposition(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

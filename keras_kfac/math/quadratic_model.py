@@ -1,17 +1,19 @@
-"""The quadratic model of the loss along two directions, and its minimiser.
+"""The quadratic model of the loss along a few directions, and its minimiser.
 
-A step is `δ = α d + μ δ₀`, with `d` the (negative) preconditioned gradient and `δ₀` the previous
-step. With the curvature matrix `C` of the loss, the gradient `∇h` and the damping `λ`
+A step is `δ = α Σ wᵢ dᵢ + μ δ₀`, with `dᵢ` the part of the (negative) preconditioned gradient that
+belongs to the i-th group of layers, and `δ₀` the previous step. With the curvature matrix `C` of
+the loss, the gradient `∇h` and the damping `λ`
 
-    M(α, μ) = ½ δᵀ (C + λ I) δ + ∇hᵀ δ
+    M(δ) = ½ δᵀ (C + λ I) δ + ∇hᵀ δ
 
-is a quadratic function of two numbers. Source: Martens & Grosse (2015), arXiv:1503.05671, sections
-6.4 (learning rate) and 7 (momentum).
+is a quadratic function of a few numbers. `group_rates` finds `w`, `minimise` then `α` and `μ`.
+Source: Martens & Grosse (2015), arXiv:1503.05671, sections 6.4 (learning rate) and 7 (momentum),
+for a single group.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import tensorflow as tf
 
@@ -19,23 +21,34 @@ from keras_kfac.math.linalg import scalar
 
 # Directions whose cosine in the metric of the model is closer to ±1 count as one.
 _PARALLEL = 1e-9
+# `ρ` of `group_rates`. Found by trial: see docs/step-control.md.
+_SHRINKAGE = 0.5
 
 
 class QuadraticModel(NamedTuple):
-    """The model's coefficients for the directions `d` and `δ₀`.
+    """The model's coefficients for `n` directions, the last of them `δ₀`.
 
     Attributes:
-        curvature: `[2, 2]`, products of the directions in the curvature matrix `C`.
-        metric: `[2, 2]`, products of the directions.
-        gradient: `[2]`, products of the directions with the gradient.
+        curvature: `[n, n]`, products of the directions in the curvature matrix `C`.
+        metric: `[n, n]`, products of the directions.
+        gradient: `[n]`, products of the directions with the gradient.
     """
 
     curvature: tf.Tensor
     metric: tf.Tensor
     gradient: tf.Tensor
 
+    def along(self, basis: tf.Tensor) -> Self:
+        """The model along combinations of the directions, the columns of `[n, m]`."""
+
+        def turned(matrix: tf.Tensor) -> tf.Tensor:
+            return tf.matmul(basis, tf.matmul(matrix, basis), transpose_a=True)
+
+        gradient = tf.linalg.matvec(basis, self.gradient, transpose_a=True)
+        return type(self)(turned(self.curvature), turned(self.metric), gradient)
+
     def damped(self, damping: tf.Tensor) -> tf.Tensor:
-        """`[2, 2]`, products of the directions in `C + λ I`."""
+        """`[n, n]`, products of the directions in `C + λ I`."""
         return self.curvature + scalar(damping, self.curvature.dtype) * self.metric
 
     def change(self, coefficients: tf.Tensor) -> tf.Tensor:
@@ -47,13 +60,51 @@ class QuadraticModel(NamedTuple):
         return self.kl(coefficients) + tf.tensordot(self.gradient, coefficients, 1)
 
     def value(self, coefficients: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
-        """`M(α, μ)`, with damping."""
+        """`M(δ)`, with damping."""
         squared = tf.tensordot(coefficients, tf.linalg.matvec(self.metric, coefficients), 1)
         return self.change(coefficients) + 0.5 * scalar(damping, squared.dtype) * squared
 
     def kl(self, coefficients: tf.Tensor) -> tf.Tensor:
         """`½ δᵀ C δ`: the step's KL divergence between predictions, in units of the loss."""
         return 0.5 * tf.tensordot(coefficients, tf.linalg.matvec(self.curvature, coefficients), 1)
+
+
+def group_rates(matrix: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+    """Relative rates `w` of the directions of `k` groups of layers.
+
+    Blocks between layers are zero in the preconditioner. The model knows them along the given
+    directions: `w >= 0` solves `(M + ρ diag M) w = -g` with `ρ = ½`. That holds more of each
+    direction's own curvature than `M` does, for two directions that do nearly the same
+    would otherwise take all from each other.
+
+    Args:
+        matrix: `M`, `[k, k]`, positive semi-definite.
+        gradient: `g`, `[k]`, negative where a direction lowers the loss. Others get the rate 0.
+
+    Returns:
+        `[k]`, of mean 1; all 1 if no direction lowers the loss.
+
+    Example:
+    >>> group_rates(tf.constant([[1.0, 0.0], [0.0, 3.0]]), tf.constant([-1.0, -1.0])).numpy()
+    array([1.5, 0.5], dtype=float32)
+    """
+    curvature = tf.linalg.diag_part(matrix)
+    used = (curvature > 0) & (gradient < 0)
+    unit = tf.where(used, 1 / tf.sqrt(tf.where(used, curvature, 1)), 0)
+    # Of unit diagonal but for ρ: positive definite, and well conditioned.
+    scaled = unit[:, tf.newaxis] * matrix * unit
+    scaled = tf.linalg.set_diag(scaled, tf.fill(tf.shape(unit), scalar(1 + _SHRINKAGE, unit.dtype)))
+    rates = tf.zeros_like(unit)
+    for _ in range(matrix.shape[0]):  # Each round leaves out what came out negative.
+        free = tf.cast(used, unit.dtype)
+        outer = free[:, tf.newaxis] * free
+        system = tf.linalg.set_diag(outer * scaled, tf.linalg.diag_part(scaled))
+        slopes = (-free * unit * gradient)[:, tf.newaxis]
+        rates = tf.linalg.cholesky_solve(tf.linalg.cholesky(system), slopes)[:, 0]
+        used = used & (rates > 0)
+    rates = tf.maximum(rates, 0) * unit
+    mean = tf.reduce_mean(rates)
+    return tf.where(mean > 0, rates / tf.where(mean > 0, mean, 1), tf.ones_like(rates))
 
 
 def minimise(

@@ -4,6 +4,9 @@ import tensorflow as tf
 
 from keras_kfac.math.linalg import scalar
 
+# Reduction ratios above and below which the model is trusted more or less.
+GOOD, POOR = 0.75, 0.25
+
 
 def kl_clip_scale(inner_product: tf.Tensor, learning_rate: tf.Tensor, kl_clip: float) -> tf.Tensor:
     """Factor that keeps the quadratic estimate of a step's KL divergence below a bound.
@@ -13,9 +16,9 @@ def kl_clip_scale(inner_product: tf.Tensor, learning_rate: tf.Tensor, kl_clip: f
     after, to second order. (The product with the *gradient* already holds the metric.)
 
     Args:
-        inner_product: `vᵀ ∇` summed over all blocks, scalar.
-        learning_rate: `η`.
-        kl_clip: Bound `κ > 0` on `η² vᵀ ∇`.
+        inner_product: `vᵀ ∇`, scalar, or `[k]` for groups of blocks.
+        learning_rate: `η`, likewise.
+        kl_clip: Bound `κ > 0` on `η² vᵀ ∇`, summed over groups.
 
     Returns:
         `min(1, sqrt(κ / (η² vᵀ ∇)))`, a scalar in [0, 1]; 1 if the step is zero.
@@ -27,7 +30,8 @@ def kl_clip_scale(inner_product: tf.Tensor, learning_rate: tf.Tensor, kl_clip: f
     >>> float(kl_clip_scale(tf.constant(4.0), tf.constant(0.5), 0.25))
     0.5
     """
-    squared_length = tf.square(scalar(learning_rate, inner_product.dtype)) * inner_product
+    rate = scalar(learning_rate, inner_product.dtype)
+    squared_length = tf.reduce_sum(tf.square(rate) * inner_product)
     bound = scalar(kl_clip, inner_product.dtype)
     # Rounding can make the product of a tiny step negative.
     longer = squared_length > bound
@@ -36,7 +40,11 @@ def kl_clip_scale(inner_product: tf.Tensor, learning_rate: tf.Tensor, kl_clip: f
 
 
 def levenberg_marquardt(
-    damping: tf.Tensor, ratio: tf.Tensor, decay: float, minimum: tf.Tensor, maximum: tf.Tensor
+    damping: tf.Tensor,
+    ratio: tf.Tensor,
+    decay: float | tf.Tensor,
+    minimum: tf.Tensor,
+    maximum: tf.Tensor,
 ) -> tf.Tensor:
     """The damping for the next steps, given how well the quadratic model predicted this one.
 
@@ -57,8 +65,8 @@ def levenberg_marquardt(
     >>> float(levenberg_marquardt(tf.constant(8.0), tf.constant(0.9), 0.5, 1e-3, 1e3))
     4.0
     """
-    good = ratio > 0.75
-    fair = ratio >= 0.25
+    good = ratio > GOOD
+    fair = ratio >= POOR
     decay = scalar(decay, damping.dtype)
     changed = tf.where(good, damping * decay, tf.where(fair, damping, damping / decay))
     bounds = (scalar(bound, damping.dtype) for bound in (minimum, maximum))
