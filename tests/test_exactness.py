@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_kfac.introspection import statistics
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart
+from keras_kfac.math.likelihood import Likelihood
 from keras_kfac.math.moving_average import weighted_average
 from tests.cases import (
     BCE,
@@ -430,3 +433,25 @@ def test_squared_loss_ignores_the_activation():
     loss = MSE(dtype="float64")
     (a, g), *_ = factors(model, loss, x)
     assert_close(kron(a, g), layer_block(model, loss, x, y, model.layers[0]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "sum_over_batch_size"])
+def test_sampled_factors_of_a_part_stand_for_the_whole_batch(reduction, weighted, monkeypatch):
+    """On a batch that repeats its first quarter, with the draws replaced by what does not vary."""
+    monkeypatch.setattr(Likelihood, "sampled_vector", lambda self, f, seed: self.root_column(f, 0))
+    rng = np.random.default_rng(2)
+    model, loss = mlp((4, 5, 3)), keras.losses.MeanSquaredError(reduction, dtype="float64")
+    x, weights = np.tile(rng.normal(size=(3, 4)), (4, 1)), np.tile(rng.uniform(1, 2, 3), 4)
+    results = []
+    for part in (BatchPart(0.25), BatchPart(0.25, min_examples=6), WHOLE):
+        monkeypatch.setattr(statistics, "SAMPLED_PART", part)
+        sample_weight = weights if weighted else None
+        results.append(factors(model, loss, x, fisher="sampled", sample_weight=sample_weight))
+    for layer in zip(*results):
+        for part in layer[:2]:
+            assert_close(part.input_factor, layer[2].input_factor)
+            assert_close(part.output_factor, layer[2].output_factor)
+    monkeypatch.setattr(statistics, "SAMPLED_PART", BatchPart(0.25))
+    other = factors(model, loss, np.r_[2 * x[:3], x[3:]], fisher="sampled")
+    assert relative_difference(other[0].input_factor, results[2][0].input_factor) > 0.1

@@ -208,6 +208,17 @@ class TestPreconditioning:
         wrong = np.linalg.solve(np.kron(g, a), gradient.ravel())
         assert np.abs(np.ravel(direction) - wrong).max() > 1e-2 * np.abs(wrong).max()
 
+    @pytest.mark.parametrize("size", [257, 600])
+    def test_inverse_by_blocks(self, size):
+        root = np.random.default_rng(1).normal(size=(2, size, size + 50))
+        matrix = root @ np.swapaxes(root, 1, 2) + np.eye(size)
+        inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
+        assert_close(inverse, np.linalg.inv(matrix))
+        np.testing.assert_array_equal(inverse, np.swapaxes(inverse, 1, 2))
+        matrix[1, -1, -1] = -1.0  # Not positive definite, in the last block only.
+        inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
+        assert np.isfinite(inverse[0]).all() and np.isnan(inverse[1]).all()
+
     def test_inverse_is_symmetric_and_exact(self):
         matrix = np.stack([spd(20), spd(20)])
         inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()

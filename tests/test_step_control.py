@@ -12,7 +12,8 @@ from keras_kfac.introspection.batch_part import WHOLE, BatchPart
 from keras_kfac.introspection.losses import resolve_loss
 from keras_kfac.introspection.replay import Replay
 from keras_kfac.math import step_control
-from keras_kfac.math.quadratic_model import QuadraticModel, minimise
+from keras_kfac.math.quadratic_model import QuadraticModel, group_rates, minimise
+from keras_kfac.step_rule import solve
 from tests import helpers
 from tests.cases import LOSSES, mlp, without_head_activation
 from tests.reference import assert_close, dense_ggn, loss_value
@@ -248,6 +249,50 @@ class TestMinimiser:
         assert bounded.tolist() == [0.0, 0.5]
 
 
+class TestGroupRates:
+    """Rates of groups of layers, relative to each other."""
+
+    def test_solve_the_shrunken_system(self):
+        root = np.random.default_rng(0).normal(size=(3, 9))
+        matrix, gradient = root @ root.T, np.array([-1.0, -3.0, -2.0])
+        expected = np.linalg.solve(matrix + 0.5 * np.diag(np.diag(matrix)), -gradient)
+        assert (expected > 0).all()
+        rates = group_rates(tf.constant(matrix), tf.constant(gradient))
+        assert_close(rates, expected / expected.mean())
+
+    def test_ignore_the_scale_of_each_direction(self):
+        """A direction twice as long gets half the rate: the step is the same."""
+        matrix = np.array([[2.0, 0.5], [0.5, 1.0]])
+        gradient, scale = np.array([-1.0, -2.0]), np.array([2.0, 1.0])
+        rates = group_rates(tf.constant(matrix), tf.constant(gradient)).numpy()
+        scaled = group_rates(
+            tf.constant(matrix * np.outer(scale, scale)), tf.constant(gradient * scale)
+        ).numpy()
+        assert_close(scaled * scale / (scaled * scale)[1], rates / rates[1])
+
+    def test_are_never_negative(self):
+        matrix = tf.constant([[1.0, 0.99], [0.99, 1.0]], tf.float64)
+        rates = group_rates(matrix, tf.constant([-1.0, -0.1], tf.float64)).numpy()
+        assert rates.tolist() == [2.0, 0.0]
+        rates = group_rates(matrix, tf.constant([-1.0, 0.5], tf.float64)).numpy()
+        assert rates.tolist() == [2.0, 0.0]
+
+    def test_are_alike_where_nothing_is_known(self):
+        rates = group_rates(tf.zeros((3, 3), tf.float64), tf.zeros(3, tf.float64))
+        assert rates.numpy().tolist() == [1.0, 1.0, 1.0]
+
+    def test_noise_and_a_fixed_rate_make_them_alike(self):
+        eye = tf.eye(3, dtype=tf.float64)
+        model = QuadraticModel(eye, eye, tf.constant([-1.0, -3.0, -0.1], tf.float64))
+        both, fixed = (True, True), (tf.constant(0.5, tf.float64), tf.constant(0.0, tf.float64))
+        known = solve(model, tf.constant(0.0, tf.float64), fixed, both).numpy()
+        assert known[1] == pytest.approx(3 * known[0])
+        noisy = solve(model, tf.constant(0.0, tf.float64), fixed, both, 0.0).numpy()
+        assert noisy[1] == pytest.approx(noisy[0])
+        given = solve(model, tf.constant(0.0, tf.float64), fixed, (False, True)).numpy()
+        assert given[:2].tolist() == [0.5, 0.5]
+
+
 def linear_regression(l2=None, examples=40):
     """A model whose loss is exactly quadratic."""
     keras.utils.set_random_seed(0)
@@ -428,6 +473,20 @@ def test_step_to_a_loss_that_is_not_finite_is_always_undone():
     assert int(optimizer.rejected_steps) == 2
     assert all(np.isfinite(w).all() for w in helpers.weights(model))
     assert np.isfinite(float(optimizer.signal_share))
+
+
+START_TABLE = {0.4: 1 / 0.95**5, 0.1: 1 / 0.95**20, float("nan"): 1 / 0.95**20, 0.6: 1.0}
+
+
+@pytest.mark.parametrize(("ratio", "factor"), START_TABLE.items())
+def test_start_undoes_what_the_model_did_not_foresee_and_raises_the_damping(ratio, factor):
+    rule, ratio = LevenbergMarquardt(), tf.constant(ratio, tf.float64)
+    damping, scale = tf.constant(8.0, tf.float64), tf.constant(1e-9, tf.float64)
+    new = rule.next(damping, ratio, scale, tf.constant(1.0, tf.float64), tf.constant(3))
+    assert float(new) == pytest.approx(8.0 * factor)
+    accepted = rule.accepts(tf.constant(-1.0), ratio, tf.constant(3))
+    assert bool(accepted) == (factor == 1)
+    assert bool(rule.accepts(tf.constant(-1.0), ratio, tf.constant(20)))
 
 
 @pytest.mark.parametrize(("share", "floor"), [(1.0, 0.0), (0.5, 0.25 * 8), (0.01, 0.99**2 * 8)])
