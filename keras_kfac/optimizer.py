@@ -33,7 +33,8 @@ class KFAC(SteppingOptimizer):
     By default learning rate `α`, momentum `μ` and damping `λ` adapt themselves: `α` and `μ`
     minimise the quadratic model of the loss with its exact Gauss-Newton matrix, averaged over as
     many steps as the noise between batches asks for, and `λ` follows how well that model predicts
-    the loss. Weights of other layers are stepped by the `fallback` optimizer.
+    the loss. Up to three groups of layers then have rates of their own, whose mean is `α`: they
+    make up for the blocks between layers. Weights of other layers are stepped by the `fallback` optimizer.
 
     `A ⊗ G` equals the layer's Fisher block for one example, and for deep linear networks with
     squared loss; otherwise it assumes inputs and output gradients to be independent. Blocks between
@@ -64,7 +65,8 @@ class KFAC(SteppingOptimizer):
         inverse_update_period: Steps between refreshes of the inverses, a positive int, at least
             `factor_update_period`.
         fisher: Which Fisher matrix: `"sampled"` (the true one, targets sampled from the model: one
-            more backward pass per factor update), `"exact"` (the same without sampling noise: one
+            more backward pass per factor update, of which a quarter of the batch counts, at least
+            128 examples), `"exact"` (the same without sampling noise: one
             backward pass per output) or `"empirical"` (from the training targets; works with any
             loss, and is a different matrix).
         exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
