@@ -34,7 +34,8 @@ class KFAC(SteppingOptimizer):
     minimise the quadratic model of the loss with its exact Gauss-Newton matrix, averaged over as
     many steps as the noise between batches asks for, and `λ` follows how well that model predicts
     the loss. Up to three groups of layers then have rates of their own, whose mean is `α`: they
-    make up for the blocks between layers. Weights of other layers are stepped by the `fallback` optimizer.
+    make up for the blocks between layers. Weights of other layers are stepped by the `fallback`
+    optimizer.
 
     `A ⊗ G` equals the layer's Fisher block for one example, and for deep linear networks with
     squared loss; otherwise it assumes inputs and output gradients to be independent. Blocks between
