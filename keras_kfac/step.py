@@ -85,7 +85,7 @@ def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
 
 def _dot(gradients: Tensors, direction: Tensors) -> tf.Tensor:
     terms = [tf.reduce_sum(tf.cast(gradients[k], d.dtype) * d) for k, d in direction.items()]
-    return tf.add_n([tf.cast(term, _SUM) for term in terms])
+    return tf.add_n([tf.zeros((), _SUM), *(tf.cast(term, _SUM) for term in terms)])
 
 
 class Proposal(NamedTuple):

@@ -657,3 +657,29 @@ def test_callback_logs_damping_clip_and_skipped_steps() -> None:
     logs = helpers.fit(model, helpers.vectors(), epochs=2).history
     assert logs["damping"] == pytest.approx([0.1, 0.1]) and logs["skipped_steps"] == [0, 0]
     assert all(0 < scale < 0.5 for scale in logs["kl_clip_scale"])
+
+
+def test_layer_without_gradient_leaves_the_steps_of_the_others():
+    """Called, but not part of the loss: its gradient is `None`, its group of layers is empty."""
+
+    class Unused(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = keras.layers.Dense(4, "tanh"), keras.layers.Dense(3)
+            self.unused = keras.layers.Dense(4)
+
+        def call(self, x):
+            hidden = self.first(x)
+            self.unused(hidden)
+            return self.last(hidden)
+
+    model = helpers.compiled(Unused(), helpers.kfac(**helpers.ADAPTIVE))
+    x, y = helpers.vectors()
+    model(x)
+    before = [variable.numpy() for variable in model.unused.variables]
+    first = model.first.kernel.numpy()
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        helpers.fit(model, (x, y))
+    helpers.assert_same([variable.numpy() for variable in model.unused.variables], before)
+    assert not np.array_equal(model.first.kernel.numpy(), first)
+    assert np.isfinite(float(model.optimizer.learning_rate))

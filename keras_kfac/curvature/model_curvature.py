@@ -74,17 +74,18 @@ class ModelCurvature:
 
         Returns:
             For each block, in the order of the layers, its directions by `id` of the variable and
-            their inner product with the gradients. Blocks without a gradient are left out.
+            their inner product with the gradients: none and 0 for a block without gradients.
 
         Raises:
             ValueError: If a part of a block has no gradient.
         """
-        results = []
+        results: list[tuple[Gradients, tf.Tensor]] = []
         inverses = inverses or [block.inverse for block in self.blocks]
         for block, inverse in zip(self.blocks, inverses):
             variables = block.adapter.variables
             present = {id(v): gradients[id(v)] for v in variables if id(v) in gradients}
             if not present:
+                results.append(({}, tf.zeros((), self._dtype)))
                 continue
             if len(present) < len(variables):
                 raise ValueError(
