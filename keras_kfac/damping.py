@@ -120,12 +120,10 @@ class LevenbergMarquardt:
         maximum = damping.dtype.max if self.maximum is None else self.maximum
         decay = self.decay**self.period
         is_start = self._is_start(iterations)
-        is_hasty = is_start & ~(ratio >= POOR)
+        decay = tf.where(is_start & ~(ratio >= POOR), decay**_START_HASTE, decay)
         # NaN raises the damping: a step that is undone must not be proposed again.
-        ratio = tf.where(
-            is_start & ~(ratio >= _START_RATIO), tf.constant(float("nan"), ratio.dtype), ratio
-        )
-        decay = tf.where(is_hasty, decay**_START_HASTE, decay)
+        undone, nan = is_start & ~(ratio >= _START_RATIO), scalar(float("nan"), ratio.dtype)
+        ratio = tf.where(undone, nan, ratio)
         return levenberg_marquardt(damping, ratio, decay, minimum, maximum)
 
     def is_due(self, iterations: tf.Tensor) -> tf.Tensor:

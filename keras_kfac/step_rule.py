@@ -37,7 +37,7 @@ class StepRule:
 
     def __init__(self, add_variable: Callable[..., keras.Variable]) -> None:
         self.share = SignalShare(add_variable)
-        self._average: AveragedModel | None = None
+        self._average: AveragedModel  # Known when the model is: see `build`.
 
     def build(self, add_variable: AddVariable, directions: int) -> None:
         """Creates what depends on the number of directions, the previous step included."""
@@ -60,11 +60,10 @@ class StepRule:
         """
         share = self.share.measure(model)
         noise = _TOLERATED_NOISE * (1 - share)
-        if self._average is not None:
-            model = self._average.include(model, noise / (share + noise))
-        *new, previous = tf.unstack(model.gradient)
+        average = self._average.include(model, noise / (share + noise))
+        *new, previous = tf.unstack(average.gradient)
         slopes = [share**_DISCOUNT_POWER * slope for slope in new]
-        discounted = model._replace(gradient=tf.stack([*slopes, previous]))
+        discounted = average._replace(gradient=tf.stack([*slopes, previous]))
         return solve(discounted, damping, fixed, is_free, share)
 
 

@@ -116,8 +116,8 @@ def collect(
             parts = _sampled(item, called, loss, pass_seed, dtype)
         else:
             parts = _empirical(item, called, loss, dtype)
-        for key, part in parts.items():
-            output_factors[key] += part
+        for key, factor in parts.items():
+            output_factors[key] += factor
     layers = {
         id(a.layer): LayerStatistics(_input_factor(a, scored, dtype), output_factors[id(a.layer)])
         for a in adapters
