@@ -17,6 +17,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.math.linalg import scalar
+from keras_kfac.math.update_times import growing_decay, is_due
 from keras_kfac.settings import value_at
 
 
@@ -184,6 +185,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
         is_first = tf.equal(self._iterations % micro_steps, 0)
         # The micro-batches of one step form a plain mean, and so do the batches of the burn-in.
         decay = scalar(value_at(self.factor_ema_decay, self.iterations), "float64")
+        age = tf.cast(self.iterations, "int64") + self._burnt_in.value
+        decay = tf.minimum(decay, growing_decay(age, self._factor_update_period.value))
         decay = tf.where(is_first & ~is_burning_in, decay, 1.0)
         draw = tf.cast(self._iterations + self._burnt_in.value, tf.int32)
         seed = tf.stack([self.seed, draw])
@@ -191,8 +194,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
         def update() -> None:
             curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
 
-        is_due = self._is_due(self._factor_update_period) | is_burning_in
-        ops.cond(is_due, update, lambda: None)
+        due = self._is_due(self._factor_update_period) | is_burning_in
+        ops.cond(due, update, lambda: None)
         self._burnt_in.assign_add(tf.cast(is_burning_in, "int64"))
 
     @property
@@ -201,14 +204,4 @@ class AttachableOptimizer(ConfiguredOptimizer):
         return max(0, self.burn_in_steps - int(self._burnt_in.numpy()))
 
     def _is_due(self, period: keras.Variable) -> tf.Tensor:
-        """Whether it is time for what happens once in so many steps.
-
-        While the damping finds its scale, inverses have to follow it: then also at the steps 1, 2,
-        4, 8 and so on before the first period is over.
-        """
-        step, period = tf.cast(self.iterations, tf.int64), tf.cast(period.value, tf.int64)
-        is_early = (step < period) & tf.equal(tf.bitwise.bitwise_and(step, step - 1), 0)
-        rule = self._damping_rule
-        if rule is not None and rule.finds_its_scale:
-            return tf.equal(step % period, 0) | (is_early & self._damping.adapts.value)
-        return tf.equal(step % period, 0)
+        return is_due(self.iterations, period.value)

@@ -35,7 +35,7 @@ class LevenbergMarquardt:
         initial: Damping to start with, in units of the loss per squared weight. `None` takes 10
             times the mean eigenvalue of the Fisher matrix of the first batch, and finds the scale
             in the first 20 steps: each of them adapts the damping, and is undone if its ratio is
-            below ½; inverses are also refreshed at steps 1, 2, 4, 8 and so on.
+            below ½.
             `"calibrated"` tries 7 values between 1000 and 1/1000 times the mean eigenvalue before
             the first step, and takes the one that lowers the loss of the first batch most: for
             large batches.
@@ -51,8 +51,8 @@ class LevenbergMarquardt:
             after which the loss is not finite is always undone.
         adapt_preconditioner: Whether the damping of the preconditioner, `γ²`, adapts apart from
             that of the model, `λ`: with each refresh of the inverses `γ²` is multiplied by 1,
-            `decay ** inverse_update_period` or its inverse, whichever makes the minimum of the
-            model lowest. A refresh then inverts the factors four times and takes three more models.
+            `decay` to the power of the steps since the last one or its inverse, whichever makes the
+            minimum of the model lowest. A refresh then inverts the factors four times and takes three more models.
 
     Raises:
         ValueError: For arguments out of range.
@@ -100,9 +100,9 @@ class LevenbergMarquardt:
         """What to try before the first step, given the mean eigenvalue of the Fisher matrix."""
         return scale * tf.constant(_CALIBRATION, scale.dtype)
 
-    def neighbours(self, damping: tf.Tensor, period: tf.Tensor) -> tf.Tensor:
-        """What to try for the preconditioner after `period` steps; the present damping first."""
-        factor = scalar(self.decay, damping.dtype) ** tf.cast(period, damping.dtype)
+    def neighbours(self, damping: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+        """What to try for the preconditioner after so many steps; the present damping first."""
+        factor = scalar(self.decay, damping.dtype) ** tf.cast(steps, damping.dtype)
         return damping * tf.stack([tf.ones_like(factor), 1 / factor, factor])
 
     def next(

@@ -61,15 +61,17 @@ class KFAC(SteppingOptimizer):
             regulariser of a kernel adds to the damping of its layer.
         momentum: `"adaptive"`, or `μ` in [0, 1), float or `LearningRateSchedule`.
         factor_ema_decay: Decay in [0, 1) of the moving averages of the factors, for each update;
-            float or `LearningRateSchedule`.
-        factor_update_period: Steps between updates of the factors, a positive int.
+            float or `LearningRateSchedule`. It is lower at first, so that the factors remember no
+            more than a third of the steps taken.
+        factor_update_period: Steps between updates of the factors, a positive int. At first there
+            are fewer: no more than a quarter of the steps taken, or one.
         inverse_update_period: Steps between refreshes of the inverses, a positive int, at least
-            `factor_update_period`.
+            `factor_update_period`. Fewer at first, likewise.
         fisher: Which Fisher matrix: `"sampled"` (the true one, targets sampled from the model: one
-            more backward pass per factor update, of which a quarter of the batch counts, at least
-            128 examples), `"exact"` (the same without sampling noise: one
-            backward pass per output) or `"empirical"` (from the training targets; works with any
-            loss, and is a different matrix).
+            more backward pass per factor update, of which half of the batch counts, at least 128
+            examples), `"exact"` (the same without sampling noise: one backward pass per output) or
+            `"empirical"` (from the training targets; works with any loss, and is a different
+            matrix).
         exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
             factors, in place of the factored one above. Both work about as well; eigenbases take
             several times as long to compute.

@@ -24,7 +24,7 @@ Tensors = Mapping[int, tf.Tensor]
 
 # The model takes its curvature on this part of the batch, if that is enough examples: its noise is
 # small beside that of the gradient, and forward-mode products cost as much as forward passes.
-MODEL_PART = BatchPart(0.125, 32)
+MODEL_PART = BatchPart(1 / 16, 32)
 
 # Layers form at most so many groups, each with a learning rate of its own relative to the others.
 # Each costs a forward-mode product. Found by trial: see docs/step-control.md.

@@ -13,6 +13,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import reduction_ratio
+from keras_kfac.math.update_times import gap
 from keras_kfac.settings import value_at
 from keras_kfac.step import Batch, Proposal, Step, Tensors, group_count
 from keras_kfac.step_rule import StepRule
@@ -165,7 +166,8 @@ class SteppingOptimizer(AttachableOptimizer):
         present = tf.where(is_first, damping, self.preconditioner_damping.value)
 
         def adapt() -> tf.Tensor:
-            candidates = rule.neighbours(present, self._inverse_update_period.value)
+            steps = gap(self.iterations, self._inverse_update_period.value)
+            candidates = rule.neighbours(present, steps)
             return best(candidates, lambda own: step.predicted(own, damping))
 
         return ops.cond(self._damping.adapts.value, adapt, lambda: damping)

@@ -27,9 +27,9 @@ class Fisher(enum.StrEnum):
     """Outer products of the gradients of the training loss. A different matrix."""
 
 
-# The sampled Fisher matrix is an estimate in any case; its moving average sees many batches.
-# Martens & Grosse (2015), section 8, take an eighth of the batch.
-SAMPLED_PART = BatchPart(0.25, 128)
+# The sampled Fisher matrix is an estimate in any case; its moving average sees many batches. But the
+# first ones do not last: see docs/step-control.md. (Martens & Grosse 2015, section 8: an eighth.)
+SAMPLED_PART = BatchPart(0.5, 128)
 
 
 class LayerStatistics(NamedTuple):
