@@ -20,7 +20,7 @@ from unittest import mock
 import defaults
 from environment import environment
 
-from keras_kfac import KFAC, LevenbergMarquardt, step_rule
+from keras_kfac import LevenbergMarquardt, step_rule
 
 AveragedModel, next_damping = step_rule.AveragedModel, LevenbergMarquardt.next
 
@@ -39,8 +39,8 @@ def discount(power: float) -> Any:
 def floor_at_mean_eigenvalue() -> Any:
     """The floor of the damping as for batches that are all noise."""
 
-    def changed(self: LevenbergMarquardt, damping: Any, ratio: Any, scale: Any, _: Any) -> Any:
-        return next_damping(self, damping, ratio, scale, 0 * damping)
+    def changed(self: Any, damping: Any, ratio: Any, scale: Any, _: Any, iterations: Any) -> Any:
+        return next_damping(self, damping, ratio, scale, 0 * damping, iterations)
 
     return mock.patch.object(LevenbergMarquardt, "next", changed)
 
@@ -66,8 +66,8 @@ def measure(args: Any, path: Path) -> None:
     for problem, seed in itertools.product(problems, args.seeds):
         for variant, change in VARIANTS.items():
             with change():
-                result = defaults.run(problem, KFAC(), data, args, seed)
-            runs.append({"problem": problem, "variant": variant, "seconds": args.seconds} | result)
+                result = defaults.run(problem, None, data, args.seconds, seed)
+            runs.append(result | {"variant": variant, "seconds": args.seconds})
             path.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
             print(problem, variant, result["curve"][-1][2], flush=True)
 

@@ -51,8 +51,9 @@ class LevenbergMarquardt:
             after which the loss is not finite is always undone.
         adapt_preconditioner: Whether the damping of the preconditioner, `γ²`, adapts apart from
             that of the model, `λ`: with each refresh of the inverses `γ²` is multiplied by 1,
-            `decay` to the power of the steps since the last one or its inverse, whichever makes the
-            minimum of the model lowest. A refresh then inverts the factors four times and takes three more models.
+            `decay` to the power of the steps since the last one, or its inverse, whichever makes
+            the minimum of the model lowest. A refresh then inverts the factors four times and
+            takes three more models.
 
     Raises:
         ValueError: For arguments out of range.

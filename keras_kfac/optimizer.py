@@ -62,7 +62,7 @@ class KFAC(SteppingOptimizer):
         momentum: `"adaptive"`, or `μ` in [0, 1), float or `LearningRateSchedule`.
         factor_ema_decay: Decay in [0, 1) of the moving averages of the factors, for each update;
             float or `LearningRateSchedule`. It is lower at first, so that the factors remember no
-            more than a third of the steps taken.
+            more than a quarter of the steps taken.
         factor_update_period: Steps between updates of the factors, a positive int. At first there
             are fewer: no more than a quarter of the steps taken, or one.
         inverse_update_period: Steps between refreshes of the inverses, a positive int, at least

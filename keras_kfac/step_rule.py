@@ -22,6 +22,10 @@ _TOLERATED_NOISE = 0.5
 # docs/step-control.md.
 _DISCOUNT_POWER = 0.25
 
+# A step's KL divergence is at most so many times the average of those before it, which has a decay.
+_GROWTH = 4.0
+_TYPICAL_DECAY = 0.8
+
 _SUM = tf.float64
 
 
@@ -32,11 +36,12 @@ class StepRule:
     that model fits the noise: the gradient and the direction made from it err alike, so the
     slope along the direction looks steeper than it is. Two remedies, both as strong as the noise:
     the coefficients of the model are averaged over steps, and the slope is discounted. The noise is
-    measured by `SignalShare`.
+    measured by `SignalShare`. Against the odd batch that is like no other there is `TypicalStep`.
     """
 
     def __init__(self, add_variable: Callable[..., keras.Variable]) -> None:
         self.share = SignalShare(add_variable)
+        self._typical = TypicalStep(add_variable)
         self._average: AveragedModel  # Known when the model is: see `build`.
 
     def build(self, add_variable: AddVariable, directions: int) -> None:
@@ -64,7 +69,17 @@ class StepRule:
         *new, previous = tf.unstack(average.gradient)
         slopes = [share**_DISCOUNT_POWER * slope for slope in new]
         discounted = average._replace(gradient=tf.stack([*slopes, previous]))
-        return solve(discounted, damping, fixed, is_free, share)
+        coefficients = solve(discounted, damping, fixed, is_free, share)
+        # Of two numbers of which one is fixed, no multiple is to be had.
+        both_are_free = tf.reduce_all(tf.stack(is_free))
+        scale = self._typical.scale(model.kl(coefficients))
+        return coefficients * tf.where(both_are_free, scale, 1)
+
+    def remember(self, model: QuadraticModel, coefficients: tf.Tensor, accepted: tf.Tensor) -> None:
+        """Notes a step by its coefficients in its model; nothing if it is not taken."""
+        coefficients = tf.where(accepted, coefficients, 0)
+        self.share.remember(model, coefficients)
+        self._typical.remember(model.kl(coefficients))
 
 
 def solve(
@@ -165,8 +180,35 @@ class SignalShare:
             variable.assign(value)
         return share
 
-    def remember(self, model: QuadraticModel, coefficients: tf.Tensor, accepted: tf.Tensor) -> None:
-        """Notes what the step with these coefficients promises; nothing if it is not taken."""
-        promises = tf.where(accepted, coefficients * model.gradient, tf.zeros((), _SUM))
+    def remember(self, model: QuadraticModel, coefficients: tf.Tensor) -> None:
+        """Notes what the step with these coefficients promises."""
+        promises = tf.math.multiply_no_nan(model.gradient, coefficients)
         self._last_promise.assign(tf.reduce_sum(promises[:-1]))
         self._last_known.assign(promises[-1])
+
+
+class TypicalStep:
+    """The KL divergence of the steps so far, which that of the next one must not exceed by much.
+
+    A rare batch can promise the loss for a step many times as long as any before, keep that promise
+    on itself, and ruin the network. What has changed for good shows in a few steps, each somewhat
+    longer than the last.
+    """
+
+    def __init__(self, add_variable: Callable[..., keras.Variable]) -> None:
+        self._kl = add_variable((), dtype="float64", name="typical_kl")
+        self._weight = add_variable((), dtype="float64", name="typical_weight")
+
+    def scale(self, kl: tf.Tensor) -> tf.Tensor:
+        """Factor in (0, 1] for a step of the given divergence; 1 for the first one."""
+        limit = _GROWTH * tf.convert_to_tensor(self._kl.value)
+        is_longer = (limit > 0) & (kl > limit)
+        return tf.sqrt(tf.where(is_longer, limit / tf.where(is_longer, kl, 1), 1))
+
+    def remember(self, kl: tf.Tensor) -> None:
+        """Includes a step; nothing if it is none, or not finite."""
+        counts = (kl > 0) & tf.math.is_finite(kl)
+        mean, weight = (tf.convert_to_tensor(v.value) for v in (self._kl, self._weight))
+        new, new_weight = weighted_average(mean, weight, kl, tf.ones((), _SUM), _TYPICAL_DECAY)
+        self._kl.assign(tf.where(counts, new, mean))
+        self._weight.assign(tf.where(counts, new_weight, weight))

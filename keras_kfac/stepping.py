@@ -71,7 +71,7 @@ class SteppingOptimizer(AttachableOptimizer):
             predicted = model.change(coefficients)
             accepted = self._adapt_damping(self._damping_rule, predicted, step, steps)
         if model is not None:
-            self._step_rule.share.remember(model, coefficients, accepted)
+            self._step_rule.remember(model, coefficients, accepted)
         return steps, accepted
 
     def _step(self, batch: Batch, gradients: Tensors, learning_rate: Any) -> Step:

@@ -1,5 +1,6 @@
 """The pure mathematics against slow references."""
 
+import fractions
 import itertools
 
 import keras
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_kfac.introspection.adapters import Conv2DAdapter
-from keras_kfac.math import factors, kronecker, linalg, patches, step_control
+from keras_kfac.math import factors, kronecker, linalg, patches, step_control, update_times
 from keras_kfac.math.moving_average import weighted_average
 from tests.reference import assert_close
 
@@ -275,6 +276,49 @@ class TestMovingAverage:
             count = tf.constant(len(part), tf.float64)
             mean, total = weighted_average(mean, total, part_moment / part_weight, count, 1.0)
         assert_close(mean, moment / weight, 1e-12)
+
+
+def interval(step):
+    """`k` with `1.25ᵏ <= step < 1.25ᵏ⁺¹`, in exact arithmetic."""
+    ratio, k = fractions.Fraction(5, 4), 0
+    while ratio ** (k + 1) <= step:
+        k += 1
+    return k
+
+
+class TestUpdateTimes:
+    def due(self, period, steps=700):
+        return [s for s in range(steps) if bool(update_times.is_due(tf.constant(s), period))]
+
+    @pytest.mark.parametrize("period", [1, 2, 5, 20, 100])
+    def test_are_the_first_of_growing_intervals_then_multiples_of_the_period(self, period):
+        early = [s for s in range(2, 4 * period) if interval(s) != interval(s - 1)]
+        early = [s for s in (0, 1) if s < 4 * period] + early
+        late = [s for s in range(4 * period, 700) if s % period == 0]
+        assert self.due(period) == early + late
+
+    @pytest.mark.parametrize("period", [1, 3, 20, 100])
+    def test_gaps_are_at_most_a_quarter_of_the_steps_and_the_period(self, period):
+        due = self.due(period)
+        gaps = np.diff(due)
+        assert np.all(gaps <= np.maximum(1, np.ceil(np.array(due[1:]) / 4)))
+        assert np.all(gaps <= period)
+
+    def test_gap_is_that_between_due_steps(self):
+        due = np.array(self.due(20))
+        gaps = np.array([float(update_times.gap(step, 20)) for step in due[:-1]])
+        is_cut_short = due[1:] == 80  # There the multiples of the period begin.
+        np.testing.assert_array_less(np.abs(np.diff(due) - gaps)[~is_cut_short], 1)
+
+    def test_decay_makes_each_update_count_as_the_cube_of_its_step(self):
+        mean, weight = tf.zeros(200, tf.float64), tf.zeros((), tf.float64)
+        for step in range(200):
+            decay = update_times.growing_decay(tf.constant(step, tf.int64), 1)
+            new = tf.one_hot(step, 200, dtype=tf.float64)
+            mean, weight = weighted_average(mean, weight, new, tf.ones_like(weight), decay)
+        cubes = np.arange(1.0, 201) ** 3
+        assert_close(mean, cubes / cubes.sum(), 1e-12)
+        assert float(weight) == pytest.approx(200 / 4, rel=0.02)
 
 
 class TestKLClip:

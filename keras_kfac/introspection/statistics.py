@@ -27,8 +27,8 @@ class Fisher(enum.StrEnum):
     """Outer products of the gradients of the training loss. A different matrix."""
 
 
-# The sampled Fisher matrix is an estimate in any case; its moving average sees many batches. But the
-# first ones do not last: see docs/step-control.md. (Martens & Grosse 2015, section 8: an eighth.)
+# The sampled Fisher matrix is an estimate in any case, averaged over many batches later on. In the
+# first steps it is not, and less will not do: see docs/step-control.md.
 SAMPLED_PART = BatchPart(0.5, 128)
 
 

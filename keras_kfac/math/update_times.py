@@ -2,8 +2,8 @@
 
 Curvature changes fastest at the start of training: a network's first ten steps do to it what takes
 a hundred later on. So both follow the number of steps taken, up to bounds that the user sets: what
-is in use is at most a quarter of the steps taken old, and the weight that a moving average gives to
-the batch of a step grows with the square of the step.
+is in use is at most a quarter of the steps taken old, and in the moving average of the factors the
+update of step `s` counts as `s³`, a memory of a quarter of the steps taken.
 
 Averages whose weights grow so: Shamir & Zhang (2013), arXiv:1212.1824, section 4.
 """
@@ -58,7 +58,7 @@ def gap(step: tf.Tensor, period: tf.Tensor) -> tf.Tensor:
 
 
 def growing_decay(age: tf.Tensor, period: tf.Tensor) -> tf.Tensor:
-    """Decay, per update, of a moving average whose memory is a third of the steps taken.
+    """Decay, per update, of a moving average in which the update of step `s` counts as `s³`.
 
     Args:
         age: Steps taken before this update, scalar.
