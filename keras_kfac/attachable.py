@@ -194,7 +194,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
         def update() -> None:
             curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
 
-        due = self._is_due(self._factor_update_period) | is_burning_in
+        due = is_due(self.iterations, self._factor_update_period.value) | is_burning_in
         ops.cond(due, update, lambda: None)
         self._burnt_in.assign_add(tf.cast(is_burning_in, "int64"))
 
@@ -202,6 +202,3 @@ class AttachableOptimizer(ConfiguredOptimizer):
     def burn_in_steps_left(self) -> int:
         """How many batches are still to go into the factors alone."""
         return max(0, self.burn_in_steps - int(self._burnt_in.numpy()))
-
-    def _is_due(self, period: keras.Variable) -> tf.Tensor:
-        return is_due(self.iterations, period.value)

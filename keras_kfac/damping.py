@@ -140,12 +140,8 @@ class LevenbergMarquardt:
         return tf.where(self._is_start(iterations), finite & (ratio >= _START_RATIO), accepted)
 
     def _is_start(self, iterations: tf.Tensor) -> tf.Tensor:
-        return tf.constant(self.finds_its_scale) & (iterations < _START_STEPS)
-
-    @property
-    def finds_its_scale(self) -> bool:
-        """Whether the first 20 steps look for the scale of the damping."""
-        return self.initial is None
+        """Whether the scale of the damping is still looked for."""
+        return tf.constant(self.initial is None) & (iterations < _START_STEPS)
 
     def get_config(self) -> dict[str, Any]:
         """Arguments to create the same object again."""

@@ -13,7 +13,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import reduction_ratio
-from keras_kfac.math.update_times import gap
+from keras_kfac.math.update_times import gap, is_due
 from keras_kfac.settings import value_at
 from keras_kfac.step import Batch, Proposal, Step, Tensors, group_count
 from keras_kfac.step_rule import StepRule
@@ -60,9 +60,8 @@ class SteppingOptimizer(AttachableOptimizer):
         if not gradients:
             return {}, accepted
         step = self._step(batch, gradients, learning_rate)
-        ops.cond(
-            self._is_due(self._inverse_update_period), lambda: self._refresh(step), lambda: None
-        )
+        due = is_due(self.iterations, self._inverse_update_period.value)
+        ops.cond(due, lambda: self._refresh(step), lambda: None)
         proposal = step.propose()
         model = step.model(proposal) if self.can_adapt else None
         coefficients = self._coefficients(step, proposal, model)
