@@ -37,8 +37,8 @@ def train(
         seed: Of the order of the training images.
 
     Returns:
-        The curve of `(seconds, steps, test error)`, and what those of the first steps that trace and
-        compile took beyond the median of the others: the seconds leave it out.
+        The curve of `(seconds, steps, test error)`, and what tracing and compiling took, which the
+        seconds leave out: what the first steps that do so took beyond the median of all others.
     """
     with np.load(images) as file:
         train_images, test_images = (
