@@ -644,7 +644,7 @@ class TestTypicalStep:
         assert float(self.typical(1.0).scale(tf.constant(kl, tf.float64))) == 1.0
 
     def fit(self, monkeypatch, growth, **kwargs):
-        """Some batches, then one that is a hundred times as large; returns the last two steps."""
+        """The KL divergence of each step; the last batch is a hundred times as large."""
         monkeypatch.setattr(step_rule, "_GROWTH", growth)
         model = helpers.compiled(helpers.mlp(), helpers.kfac(**{**helpers.ADAPTIVE, **kwargs}))
         x, y = helpers.vectors(12 * helpers.BATCH)

@@ -39,6 +39,9 @@ class _FunctionLoss(keras.losses.Loss):
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
         return self.function(y_true, y_pred)
 
+    def __repr__(self) -> str:
+        return f"<function {self.name}>"
+
 
 class _Reduction(keras.losses.Loss):
     """The reduction of a loss, applied to given values per position."""
@@ -165,8 +168,9 @@ def resolve_loss(loss: Any, loss_weight: float, empirical: bool) -> ModelLoss:
             return ModelLoss(loss, None, loss_weight)
         raise ValueError(
             "K-FAC knows no predictive distribution for this loss. Use one of "
-            f"{_CHOICES} (by name, function or instance), or ask for the Fisher matrix of the "
-            f"training targets with KFAC(fisher='empirical'). Received: loss={loss!r}"
+            f"{_CHOICES} (by name, function or instance), or the Fisher matrix of the training "
+            "targets, KFAC(fisher='empirical'), with numbers as `learning_rate`, `momentum` and "
+            f"`damping`. Received: loss={loss!r}"
         )
     _check_supported(loss)
     if likelihood.family is not Family.NORMAL and not loss.get_config()["from_logits"]:
