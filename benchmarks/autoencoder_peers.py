@@ -11,6 +11,7 @@ the first steps take for tracing and compiling is counted apart.
 
 For kfac-jax give a Python that has it: `pip install jax==0.9.0.1 jaxlib==0.9.0.1 kfac-jax==0.0.8`.
 Every curve is written to a JSON file with the environment; `--report` prints the README's table.
+`--optimizer` repeats the runs of some and keeps those of the others.
 """
 
 import argparse
@@ -109,9 +110,13 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict]:
     grids = {name: grid for name, (_, grid) in RIVALS.items()}
     if args.jax_python:
         grids[KFAC_JAX] = JAX_DAMPINGS
-    best = {"KFAC()": None}
-    yield result("KFAC()", None, first, args.seconds)
+    best: dict[str, float | None] = {}
+    if args.optimizer in "KFAC()":
+        best["KFAC()"] = None
+        yield result("KFAC()", None, first, args.seconds)
     for name, grid in grids.items():
+        if args.optimizer not in name:
+            continue
         runs: list[dict] = []
         for setting in grid:
             limit = min([args.seconds, *map(time_to_target, runs)])
@@ -175,12 +180,14 @@ def main() -> None:
     parser.add_argument("--jax-python", help="a Python interpreter that has kfac-jax")
     parser.add_argument("--seconds", type=float, default=150.0, help="limit for each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--optimizer", default="", help="only those whose names contain this")
     parser.add_argument("--report", action="store_true", help="only print the table")
     args = parser.parse_args()
     if not args.report:
         if args.mnist == KERAS_COPY:
             keras.datasets.mnist.load_data()
-        runs = []
+        old = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+        runs = [run for run in old if args.optimizer not in run["optimizer"]]
         for run in all_runs(args):
             runs.append(run)
             RESULTS.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
