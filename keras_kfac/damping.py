@@ -9,16 +9,18 @@ import tensorflow as tf
 from keras_kfac import validation
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.step_control import POOR, levenberg_marquardt
+from keras_kfac.math.update_times import is_due
 
 # Relative to the mean eigenvalue of the Fisher matrix: above it, for short first steps.
 _RELATIVE_START = 10.0
 CALIBRATED = "calibrated"
 # What calibration tries, relative to the mean eigenvalue.
 _CALIBRATION = (1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
-# Without `initial` nothing is known of the scale: in so many first steps it is looked for.
+# Without `initial` nothing is known of the scale: in so many first steps it is looked for,
+# at those at which curvature changes fast: see `update_times`.
 _START_STEPS = 20
-# In them a step is undone unless its ratio is at least this, and one of a poor ratio counts as so
-# many adaptations, for the scale may be far off.
+# In them a step is undone unless its ratio is at least this, and one of a poor ratio counts as so many
+# adaptations, for the scale may be far off.
 _START_RATIO = 0.5
 _START_HASTE = 4
 
@@ -34,8 +36,8 @@ class LevenbergMarquardt:
     Args:
         initial: Damping to start with, in units of the loss per squared weight. `None` takes 10
             times the mean eigenvalue of the Fisher matrix of the first batch, and finds the scale
-            in the first 20 steps: each of them adapts the damping, and is undone if its ratio is
-            below ½.
+            in the first 20 steps: those at which inverses are renewed (the first 7, then fewer)
+            adapt the damping, and are undone if their ratio is below ½.
             `"calibrated"` tries 7 values between 1000 and 1/1000 times the mean eigenvalue before
             the first step, and takes the one that lowers the loss of the first batch most: for
             large batches.
@@ -129,7 +131,9 @@ class LevenbergMarquardt:
 
     def is_due(self, iterations: tf.Tensor) -> tf.Tensor:
         """Whether the damping adapts at this step."""
-        return tf.equal((iterations + 1) % self.period, 0) | self._is_start(iterations)
+        at_start = is_due(iterations, tf.constant(self.period))
+        later = tf.equal((iterations + 1) % self.period, 0)
+        return tf.where(self._is_start(iterations), at_start, later)
 
     def accepts(self, change: tf.Tensor, ratio: tf.Tensor, iterations: tf.Tensor) -> tf.Tensor:
         """Whether a step that changes the loss so, at this reduction ratio, is taken."""

