@@ -52,7 +52,7 @@ RIVALS: dict[str, tuple[Factory, tuple[float, ...]]] = {
         (3e-3, 3e-4, 1e-3, 1e-2, 3e-2),
     ),
 }
-JAX_DAMPINGS = (0.1, 0.01, 0.03, 0.3, 1.0, 3.0)
+JAX_DAMPINGS = (0.03, 0.003, 0.01, 0.1, 0.3, 1.0, 3.0)
 
 
 def new_model(seed: int) -> keras.Model:

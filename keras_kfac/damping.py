@@ -16,11 +16,11 @@ _RELATIVE_START = 10.0
 CALIBRATED = "calibrated"
 # What calibration tries, relative to the mean eigenvalue.
 _CALIBRATION = (1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
-# Without `initial` nothing is known of the scale: in so many first steps it is looked for,
-# at those at which curvature changes fast: see `update_times`.
+# Without `initial` nothing is known of the scale: in so many first steps it is looked for, at the
+# times of `update_times`.
 _START_STEPS = 20
-# In them a step is undone unless its ratio is at least this, and one of a poor ratio counts as so many
-# adaptations, for the scale may be far off.
+# At these a step is undone unless its ratio is at least this, and one of a poor ratio counts as so
+# many adaptations, for the scale may be far off.
 _START_RATIO = 0.5
 _START_HASTE = 4
 
