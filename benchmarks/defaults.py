@@ -7,6 +7,7 @@ for the same seconds of training steps (evaluation and the first two steps, whic
 apart). The target is the median training loss that its best rate has at the end; `KFAC()` trains
 until it is there, or the time is up. The figure of merit is the share of the time that it needs.
 Every curve is written to a JSON file with the environment; `--report` prints the README's table.
+`--problem` measures some problems again and keeps the runs of the others.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from environment import environment  # noqa: E402
 from keras_kfac import KFAC, KFACCallback  # noqa: E402
 
 ADAM_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-EVALUATIONS = 60
+# Adam's curve is only to be looked at, that of `KFAC()` tells when it is at the target.
+ADAM_EVALUATIONS, KFAC_EVALUATIONS = 12, 60
 EVALUATED_EXAMPLES = 10_000
 KFAC_NAME = "KFAC()"
 layers = keras.layers
@@ -124,11 +126,15 @@ class Clock(keras.callbacks.Callback):
     """Times training steps, evaluates along the way; stops at a target or when the time is up."""
 
     def __init__(
-        self, seconds: float, target: float, evaluate: Callable[[keras.Model], float]
+        self,
+        seconds: float,
+        evaluations: int,
+        target: float,
+        evaluate: Callable[[keras.Model], float],
     ) -> None:
         super().__init__()
         self.target = target
-        self.times = [seconds * (i + 1) / EVALUATIONS for i in range(EVALUATIONS)]
+        self.times = [seconds * (i + 1) / evaluations for i in range(evaluations)]
         self.evaluate = evaluate
         self.steps, self.first, self.seconds = 0, 0.0, 0.0
         self.curve: list[tuple[float, int, float]] = []
@@ -160,7 +166,12 @@ def run(name: str, rate: float | None, data: dict, seconds: float, seed: int, ta
     model = keras.Sequential([keras.Input(x.shape[1:]), *problem.network()])
     model.compile(KFAC() if rate is None else keras.optimizers.Adam(rate), problem.loss())
     part = x[:EVALUATED_EXAMPLES], y[:EVALUATED_EXAMPLES]
-    clock = Clock(seconds, target, lambda m: float(m.evaluate(*part, batch_size=1000, verbose=0)))
+
+    def evaluate(model: keras.Model) -> float:
+        return float(model.evaluate(*part, batch_size=1000, verbose=0))
+
+    evaluations = KFAC_EVALUATIONS if rate is None else ADAM_EVALUATIONS
+    clock = Clock(seconds, evaluations, target, evaluate)
     callbacks = [clock, *([KFACCallback()] if rate is None else [])]
     model.fit(x, y, problem.batch_size, 1_000_000, 0, callbacks)
     return {
@@ -198,14 +209,16 @@ def runs_of(name: str, data: dict, args: argparse.Namespace) -> Iterator[dict]:
 def measure(args: argparse.Namespace, path: Path) -> None:
     """All runs, each written when it ends; those of other problems in the file stay."""
     data = load(args)
-    problems = [name for name in PROBLEMS if args.problem in name]
-    old = json.loads(path.read_text())["runs"] if path.exists() else []
-    runs = [run for run in old if run["problem"] not in problems]
-    for name in problems:
-        for result in runs_of(name, data, args):
-            runs.append(result)
-            path.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
-            print(name, result["optimizer"], result["seed"], result["curve"][-1], flush=True)
+    result = json.loads(path.read_text()) if path.exists() else {"environments": {}, "runs": []}
+    for name in PROBLEMS:
+        if args.problem not in name:
+            continue
+        result["environments"][name] = environment()
+        result["runs"] = [run for run in result["runs"] if run["problem"] != name]
+        for run in runs_of(name, data, args):
+            result["runs"].append(run)
+            path.write_text(json.dumps(result, indent=1))
+            print(name, run["optimizer"], run["seed"], run["curve"][-1], flush=True)
 
 
 def reached(curve: list, target: float) -> float:
@@ -222,6 +235,8 @@ def report(result: dict) -> str:
     ]
     for name in PROBLEMS:
         runs = [r for r in result["runs"] if r["problem"] == name]
+        if not runs:
+            continue
         own = [r for r in runs if r["optimizer"] == KFAC_NAME]
         seeds = {r["seed"] for r in own}
         rivals: dict[str, list[dict]] = {}

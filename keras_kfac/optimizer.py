@@ -116,7 +116,7 @@ class KFAC(SteppingOptimizer):
         damping: float | str | LearningRateSchedule | LevenbergMarquardt = ADAPTIVE,
         momentum: float | str | LearningRateSchedule = ADAPTIVE,
         factor_ema_decay: float | LearningRateSchedule = 0.95,
-        factor_update_period: int = 5,
+        factor_update_period: int = 10,
         inverse_update_period: int = 20,
         fisher: str = "sampled",
         exact_damping: bool = False,
