@@ -23,6 +23,9 @@ _START_STEPS = 20
 # many adaptations, for the scale may be far off.
 _START_RATIO = 0.5
 _START_HASTE = 4
+# The floor of the damping falls with this power of the share of noise. Fitted, not derived: see
+# docs/step-control.md.
+_FLOOR_POWER = 4
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
@@ -42,8 +45,8 @@ class LevenbergMarquardt:
             the first step, and takes the one that lowers the loss of the first batch most: for
             large batches.
         minimum: Floor of the damping. `None` takes the mean eigenvalue, as it is at the time, times
-            the square of the share of noise in the steps (1 less `KFAC.signal_share`): what lies
-            below is not known from small batches.
+            the fourth power of the share of noise in the steps (1 less `KFAC.signal_share`): what
+            lies below is not known from small batches.
         maximum: Its ceiling.
         decay: Factor in (0, 1) for each step by which the damping falls or rises: it changes by
             `decay ** period` at a time.
@@ -119,7 +122,7 @@ class LevenbergMarquardt:
         """The damping after a step of the given reduction ratio."""
         minimum = self.minimum
         if minimum is None:
-            minimum = tf.cast(scale, damping.dtype) * tf.square(1 - signal_share)
+            minimum = tf.cast(scale, damping.dtype) * (1 - signal_share) ** _FLOOR_POWER
         maximum = damping.dtype.max if self.maximum is None else self.maximum
         decay = self.decay**self.period
         is_start = self._is_start(iterations)

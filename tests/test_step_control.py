@@ -501,7 +501,7 @@ def test_damping_adapts_more_often_while_its_scale_is_not_known(rule, steps):
     assert [step for step in range(30) if rule.is_due(tf.constant(step))] == steps
 
 
-@pytest.mark.parametrize(("share", "floor"), [(1.0, 0.0), (0.5, 0.25 * 8), (0.01, 0.99**2 * 8)])
+@pytest.mark.parametrize(("share", "floor"), [(1.0, 0.0), (0.5, 8 / 16), (0.01, 0.99**4 * 8)])
 def test_floor_rises_with_the_noise(share, floor):
     """Relative to the mean eigenvalue, here 8."""
     damping = tf.constant(1e-6, tf.float64)
