@@ -40,13 +40,13 @@ class KFACCallback(keras.callbacks.Callback):
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     >>> model.compile(optimizer=KFAC(), loss="mse")
     >>> callback = KFACCallback(
-    ...     inverse_update_period=lambda step: 5 if step < 100 else 50,
+    ...     inverse_update_period=lambda step: 10 if step < 100 else 50,
     ...     damping=lambda step: "adaptive" if step < 1000 else 0.1,
     ...     unit="step",
     ... )
     >>> history = model.fit(np.eye(2), np.eye(2)[:, :1], epochs=2, verbose=0, callbacks=[callback])
     >>> model.optimizer.inverse_update_period
-    5
+    10
     """
 
     def __init__(
