@@ -9,6 +9,8 @@ from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.restorable import RestorableOptimizer
 from keras_kfac.settings import ADAPTIVE, Setting, check_can_adapt, is_adaptive, to_config
 
+_FACTOR_UPDATE_PERIOD = 10  # Unless said otherwise, or inverses are refreshed more often.
+
 
 class ConfiguredOptimizer(RestorableOptimizer):
     """Holds the arguments of `KFAC`, which describes them.
@@ -22,7 +24,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
         damping: Any,
         momentum: Any,
         factor_ema_decay: Any,
-        factor_update_period: int,
+        factor_update_period: int | None,
         inverse_update_period: int,
         fisher: str,
         exact_damping: bool,
@@ -50,6 +52,9 @@ class ConfiguredOptimizer(RestorableOptimizer):
         self.seed = seed
         self._factor_update_period = self.add_variable((), dtype="int64", name="factor_period")
         self._inverse_update_period = self.add_variable((), dtype="int64", name="inverse_period")
+        if factor_update_period is None:
+            validation.check_positive_int("inverse_update_period", inverse_update_period)
+            factor_update_period = min(_FACTOR_UPDATE_PERIOD, inverse_update_period)
         self.set_update_periods(factor_update_period, inverse_update_period)
         self._has_momentum = momentum != 0
         check = validation.check_momentum if self._has_momentum else validation.check_no_momentum

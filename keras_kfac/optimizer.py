@@ -64,7 +64,8 @@ class KFAC(SteppingOptimizer):
             float or `LearningRateSchedule`. It is lower at first, so that the factors remember no
             more than a quarter of the steps taken.
         factor_update_period: Steps between updates of the factors, a positive int. At first there
-            are fewer: no more than a quarter of the steps taken, or one.
+            are fewer: no more than a quarter of the steps taken, or one. `None` takes 10, or
+            `inverse_update_period` if that is less.
         inverse_update_period: Steps between refreshes of the inverses, a positive int, at least
             `factor_update_period`. Fewer at first, likewise.
         fisher: Which Fisher matrix: `"sampled"` (the true one, targets sampled from the model: one
@@ -116,7 +117,7 @@ class KFAC(SteppingOptimizer):
         damping: float | str | LearningRateSchedule | LevenbergMarquardt = ADAPTIVE,
         momentum: float | str | LearningRateSchedule = ADAPTIVE,
         factor_ema_decay: float | LearningRateSchedule = 0.95,
-        factor_update_period: int = 10,
+        factor_update_period: int | None = None,
         inverse_update_period: int = 20,
         fisher: str = "sampled",
         exact_damping: bool = False,

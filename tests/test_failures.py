@@ -36,7 +36,6 @@ BAD_ARGUMENTS: list[tuple[str, Any]] = [
     ("inverse_update_period", 0),
     ("inverse_update_period", -1),
     ("inverse_update_period", 1.5),
-    ("inverse_update_period", 4),  # Below the factor period, 5 by default.
     ("momentum", 1.0),
     ("momentum", -0.1),
     ("momentum", "heavy"),
@@ -65,6 +64,16 @@ def test_bad_argument_is_refused_by_name_with_its_value(name: str, value: Any) -
 def test_misspelt_adaptive_is_told_the_right_word(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be 'adaptive'.*={'adaptiv'!r}$"):
         KFAC(**{name: "adaptiv"})
+
+
+@pytest.mark.parametrize(("inverse", "factor"), [(4, 4), (20, 10), (50, 10)])
+def test_factors_are_updated_as_often_as_inverses_or_every_ten_steps(inverse, factor) -> None:
+    assert KFAC(inverse_update_period=inverse).factor_update_period == factor
+
+
+def test_inverses_more_often_than_factors_are_refused() -> None:
+    with pytest.raises(ValueError, match="wasted work.*Received: inverse_update_period=4, factor"):
+        KFAC(factor_update_period=5, inverse_update_period=4)
 
 
 def test_int_is_a_learning_rate() -> None:
