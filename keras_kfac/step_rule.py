@@ -22,7 +22,7 @@ _TOLERATED_NOISE = 0.5
 # docs/step-control.md.
 _DISCOUNT_POWER = 0.25
 
-# A step's KL divergence is at most so many times the average of those before it, which has a decay.
+# A step is at most so many times as long as those before it are on average, which has a decay.
 _GROWTH = 4.0
 _TYPICAL_DECAY = 0.8
 
@@ -36,12 +36,13 @@ class StepRule:
     that model fits the noise: the gradient and the direction made from it err alike, so the
     slope along the direction looks steeper than it is. Two remedies, both as strong as the noise:
     the coefficients of the model are averaged over steps, and the slope is discounted. The noise is
-    measured by `SignalShare`. Against the odd batch that is like no other there is `TypicalStep`.
+    measured by `SignalShare`. Against the odd batch that is like no other there is `Typical`.
     """
 
     def __init__(self, add_variable: Callable[..., keras.Variable]) -> None:
         self.share = SignalShare(add_variable)
-        self._typical = TypicalStep(add_variable)
+        self._typical_kl = Typical(add_variable, "kl")
+        self._typical_promise = Typical(add_variable, "promise")
         self._average: AveragedModel  # Known when the model is: see `build`.
 
     def build(self, add_variable: AddVariable, directions: int) -> None:
@@ -72,14 +73,18 @@ class StepRule:
         coefficients = solve(discounted, damping, fixed, is_free, share)
         # Of two numbers of which one is fixed, no multiple is to be had.
         both_are_free = tf.reduce_all(tf.stack(is_free))
-        scale = self._typical.scale(model.kl(coefficients))
+        scale = tf.minimum(
+            tf.sqrt(self._typical_kl.cut(model.kl(coefficients))),
+            self._typical_promise.cut(-model.slope(coefficients)),
+        )
         return coefficients * tf.where(both_are_free, scale, 1)
 
     def remember(self, model: QuadraticModel, coefficients: tf.Tensor, accepted: tf.Tensor) -> None:
         """Notes a step by its coefficients in its model; nothing if it is not taken."""
         coefficients = tf.where(accepted, coefficients, 0)
         self.share.remember(model, coefficients)
-        self._typical.remember(model.kl(coefficients))
+        self._typical_kl.remember(model.kl(coefficients))
+        self._typical_promise.remember(-model.slope(coefficients))
 
 
 def solve(
@@ -151,7 +156,8 @@ class SignalShare:
     `∇hᵀδ - δᵀCδ`, its own slope at the end of the step less what curvature explains. The
     part along the previous step, `μ ∇hᵀδ₀`, was unbiased before. What is left, over what was
     promised, summed over steps, is near 1 on large batches and falls to 0 where gradients are
-    all noise. Both are entries of the quadratic model: it costs nothing.
+    all noise. Both are entries of the quadratic model: it costs nothing. No batch confirms or
+    denies more than was promised, or an odd one would speak for all others.
     """
 
     def __init__(self, add_variable: Callable[..., keras.Variable]) -> None:
@@ -167,6 +173,7 @@ class SignalShare:
         promise = tf.convert_to_tensor(self._last_promise.value)
         found = model.gradient[-1] - model.curvature[-1, -1] - self._last_known.value
         counts = (promise < 0) & tf.math.is_finite(promise) & tf.math.is_finite(found)
+        found = tf.clip_by_value(found, promise, -promise)
         confirmed = _SHARE_DECAY * self._confirmed.value + tf.where(counts, found, 0)
         promised = _SHARE_DECAY * self._promised.value + tf.where(counts, promise, 0)
         known = promised < 0
@@ -187,28 +194,28 @@ class SignalShare:
         self._last_known.assign(promises[-1])
 
 
-class TypicalStep:
-    """The KL divergence of the steps so far, which that of the next one must not exceed by much.
+class Typical:
+    """The average of a measure of the steps' length, which the next must not exceed by much.
 
     A rare batch can promise the loss for a step many times as long as any before, keep that promise
     on itself, and ruin the network. What has changed for good shows in a few steps, each somewhat
     longer than the last.
     """
 
-    def __init__(self, add_variable: Callable[..., keras.Variable]) -> None:
-        self._kl = add_variable((), dtype="float64", name="typical_kl")
-        self._weight = add_variable((), dtype="float64", name="typical_weight")
+    def __init__(self, add_variable: Callable[..., keras.Variable], name: str) -> None:
+        self._mean = add_variable((), dtype="float64", name=f"typical_{name}")
+        self._weight = add_variable((), dtype="float64", name=f"typical_{name}_weight")
 
-    def scale(self, kl: tf.Tensor) -> tf.Tensor:
-        """Factor in (0, 1] for a step of the given divergence; 1 for the first one."""
-        limit = _GROWTH * tf.convert_to_tensor(self._kl.value)
-        is_longer = (limit > 0) & (kl > limit)
-        return tf.sqrt(tf.where(is_longer, limit / tf.where(is_longer, kl, 1), 1))
+    def cut(self, length: tf.Tensor) -> tf.Tensor:
+        """What is left of the length of a step, a factor in (0, 1]; 1 for the first one."""
+        limit = _GROWTH * tf.convert_to_tensor(self._mean.value)
+        is_longer = (limit > 0) & (length > limit)
+        return tf.where(is_longer, limit / tf.where(is_longer, length, 1), 1)
 
-    def remember(self, kl: tf.Tensor) -> None:
+    def remember(self, length: tf.Tensor) -> None:
         """Includes a step; nothing if it is none, or not finite."""
-        counts = (kl > 0) & tf.math.is_finite(kl)
-        mean, weight = (tf.convert_to_tensor(v.value) for v in (self._kl, self._weight))
-        new, new_weight = weighted_average(mean, weight, kl, tf.ones((), _SUM), _TYPICAL_DECAY)
-        self._kl.assign(tf.where(counts, new, mean))
+        counts = (length > 0) & tf.math.is_finite(length)
+        mean, weight = (tf.convert_to_tensor(v.value) for v in (self._mean, self._weight))
+        new, new_weight = weighted_average(mean, weight, length, tf.ones((), _SUM), _TYPICAL_DECAY)
+        self._mean.assign(tf.where(counts, new, mean))
         self._weight.assign(tf.where(counts, new_weight, weight))

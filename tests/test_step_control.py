@@ -13,7 +13,7 @@ from keras_kfac.introspection.losses import resolve_loss
 from keras_kfac.introspection.replay import Replay
 from keras_kfac.math import step_control
 from keras_kfac.math.quadratic_model import QuadraticModel, group_rates, minimise
-from keras_kfac.step_rule import TypicalStep, solve
+from keras_kfac.step_rule import SignalShare, Typical, solve
 from tests import helpers
 from tests.cases import LOSSES, mlp, without_head_activation
 from tests.reference import assert_close, dense_ggn, loss_value
@@ -376,6 +376,22 @@ class TestExactQuadratic:
         train(model, optimizer, x, y, 4)
         assert float(optimizer.signal_share) == pytest.approx(1, abs=1e-6)
 
+    @pytest.mark.parametrize(("found", "share"), [(-1e6, 1.0), (1e6, 0.01), (-0.5, 0.5)])
+    def test_one_batch_says_no_more_of_noise_than_was_promised(self, found, share):
+        """Two steps promise 1 each; the first keeps half, the second is as given."""
+        measure = SignalShare(new_variable)
+        step = tf.constant([1.0, 0.0], tf.float64)
+
+        def model(found):
+            zeros = tf.zeros([2, 2], tf.float64)
+            return QuadraticModel(zeros, zeros, tf.constant([-1.0, found], tf.float64))
+
+        measure.remember(model(0.0), step)
+        assert float(measure.measure(model(-0.5))) == pytest.approx(0.5)
+        measure.remember(model(0.0), step)
+        expected = (0.98 * 0.5 + {1.0: 1.0, 0.01: -1.0, 0.5: 0.5}[share]) / 1.98
+        assert float(measure.measure(model(found))) == pytest.approx(max(expected, 0.01))
+
     def test_signal_share_is_small_where_gradients_are_noise(self):
         model, x, _ = linear_regression(examples=8)
         optimizer = KFAC(damping=1.0, **EVERY_STEP)
@@ -625,35 +641,39 @@ def test_callback_is_the_same_step_as_attach():
     helpers.assert_same(*weights)
 
 
-class TestTypicalStep:
-    """A step's KL divergence is at most four times that of those before it, on average."""
+def new_variable(*args, dtype="float64", **kwargs):
+    return keras.Variable(0.0, dtype=dtype)
+
+
+class TestTypical:
+    """A step is at most four times as long as those before it, on average."""
 
     def typical(self, *past):
-        new = TypicalStep(lambda *args, **kwargs: keras.Variable(0.0, dtype="float64"))
-        for kl in past:
-            new.remember(tf.constant(kl, tf.float64))
+        new = Typical(new_variable, "length")
+        for length in past:
+            new.remember(tf.constant(length, tf.float64))
         return new
 
-    def scaled(self, typical, kl):
-        kl = tf.constant(kl, tf.float64)
-        return float(kl * typical.scale(kl) ** 2)
+    def cut(self, typical, length):
+        length = tf.constant(length, tf.float64)
+        return float(length * typical.cut(length))
 
     def test_long_steps_are_cut_others_are_not(self):
         typical = self.typical(2.0, 2.0)
-        assert self.scaled(typical, 100.0) == pytest.approx(4 * 2.0)
-        assert self.scaled(typical, 7.9) == pytest.approx(7.9)
+        assert self.cut(typical, 100.0) == pytest.approx(4 * 2.0)
+        assert self.cut(typical, 7.9) == pytest.approx(7.9)
 
     def test_average_forgets(self):
         mean = (0.8**2 * 1.0 + 0.8 * 2.0 + 3.0) / (0.8**2 + 0.8 + 1)
-        assert self.scaled(self.typical(1.0, 2.0, 3.0), 1e9) == pytest.approx(4 * mean)
+        assert self.cut(self.typical(1.0, 2.0, 3.0), 1e9) == pytest.approx(4 * mean)
 
     @pytest.mark.parametrize("past", [(), (0.0,), (np.nan,), (np.inf,), (-1.0,)], ids=str)
     def test_the_first_step_has_no_bound(self, past):
-        assert self.scaled(self.typical(*past), 1e9) == pytest.approx(1e9)
+        assert self.cut(self.typical(*past), 1e9) == pytest.approx(1e9)
 
-    @pytest.mark.parametrize("kl", [np.nan, 0.0, -1.0])
-    def test_what_is_no_length_is_left_alone(self, kl):
-        assert float(self.typical(1.0).scale(tf.constant(kl, tf.float64))) == 1.0
+    @pytest.mark.parametrize("length", [np.nan, 0.0, -1.0])
+    def test_what_is_no_length_is_left_alone(self, length):
+        assert float(self.typical(1.0).cut(tf.constant(length, tf.float64))) == 1.0
 
     def fit(self, monkeypatch, growth, **kwargs):
         """The KL divergence of each step; the last batch is a hundred times as large."""
@@ -665,6 +685,24 @@ class TestTypicalStep:
             helpers.fit(model, (inputs * (100 if i == 11 else 1), targets))
             lengths.append(model.optimizer.last_step()["step_kl"])
         return lengths
+
+    @pytest.mark.parametrize(("slope", "promise"), [(1.0, None), (100.0, 4.0)], ids=str)
+    def test_odd_batch_is_not_taken_at_its_word(self, slope, promise):
+        """The first step promises 1. The next batch has a steep slope and no more curvature."""
+        rule = step_rule.StepRule(new_variable)
+        rule.build(lambda name, shape=(), dtype=None: keras.Variable(tf.zeros(shape, dtype)), 2)
+        damping, fixed, is_free = tf.constant(0.0, tf.float64), (0.0, 0.0), (True, True)
+
+        def promised(slope):
+            metric = tf.constant([[1.0, 0.0], [0.0, 0.0]], tf.float64)
+            gradient = tf.constant([-slope, 0.0], tf.float64)
+            model = QuadraticModel(metric, metric, gradient)
+            coefficients = rule.choose(model, damping, fixed, is_free)
+            rule.remember(model, coefficients, tf.constant(True))
+            return -float(model.slope(coefficients))
+
+        assert promised(1.0) == pytest.approx(1.0)
+        assert promised(slope) == (pytest.approx(promise) if promise else pytest.approx(0.01**0.25))
 
     def test_bounds_adaptive_steps(self, monkeypatch):
         free = self.fit(monkeypatch, np.inf)

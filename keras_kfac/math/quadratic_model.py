@@ -57,7 +57,11 @@ class QuadraticModel(NamedTuple):
         The damping limits the step; it is no part of the prediction. So the ratio of true and
         predicted change is 1 if the loss is quadratic with curvature `C`.
         """
-        return self.kl(coefficients) + tf.tensordot(self.gradient, coefficients, 1)
+        return self.kl(coefficients) + self.slope(coefficients)
+
+    def slope(self, coefficients: tf.Tensor) -> tf.Tensor:
+        """`∇hᵀ δ`: the slope of the loss along the step, at its start."""
+        return tf.tensordot(self.gradient, coefficients, 1)
 
     def value(self, coefficients: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
         """`M(δ)`, with damping."""
