@@ -1,6 +1,6 @@
 """`KFAC()` on random networks: does any run fail to end finite and below its initial loss?
 
-    python benchmarks/random_runs.py [--runs 100]
+    python benchmarks/random_runs.py [--runs 100] [--jobs 2]
 
 Architecture, activations, initial weights, loss, batch size and data scale are drawn for each run.
 The loss is that of all training examples in inference mode, before and after the steps. Every run
@@ -8,7 +8,9 @@ is written to a JSON file with the environment; `--report` prints the summary.
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -135,14 +137,18 @@ def main() -> None:
     """Trains, or reports what was trained."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=1, help="processes; most nets use one core")
     parser.add_argument("--report", action="store_true", help="only print the summary")
     args = parser.parse_args()
     if not args.report:
         runs = []
-        for seed in range(args.runs):
-            runs.append(train(draw(seed)))
-            RESULTS.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
-            print(seed, runs[-1]["before"], runs[-1]["after"], flush=True)
+        context = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork.
+        with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
+            for run in pool.map(train, map(draw, range(args.runs))):
+                runs.append(run)
+                result = {"environment": environment(), "runs": runs}
+                RESULTS.write_text(json.dumps(result, indent=1))
+                print(run["seed"], run["before"], run["after"], flush=True)
     print(report(json.loads(RESULTS.read_text())))
 
 
