@@ -159,7 +159,12 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 "K-FAC covers no layer of this model; use another optimizer. Received: model "
                 f"{attachment.model.name!r}\n{plan.rows}"
             )
-        curvature = ModelCurvature(plan.adapters, self.model_variable, self.exact_damping)
+        curvature = ModelCurvature(
+            plan.adapters,
+            self.model_variable,
+            self.exact_damping,
+            spares_weak_blocks=self._damping_rule is not None,
+        )
         covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
         if self._has_momentum:
             for index, variable in covered.items():

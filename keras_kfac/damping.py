@@ -36,6 +36,10 @@ class LevenbergMarquardt:
     masks) is divided by the change that the quadratic model predicted. A ratio above ¾ lowers the
     damping; a ratio below ¼, a rising loss or a NaN raises it.
 
+    It is the damping `λ` of the quadratic model, and of the strongest curvature blocks. A block
+    whose mean eigenvalue `e` is below that of all together, `ē`, is damped by `λ √(e / ē)`: its
+    gradients are small, too, and it would hardly move otherwise.
+
     Args:
         initial: Damping to start with, in units of the loss per squared weight. `None` takes 10
             times the mean eigenvalue of the Fisher matrix of the first batch, and finds the scale

@@ -10,6 +10,7 @@ from keras_kfac import step as step_module
 from keras_kfac.damping import best
 from keras_kfac.introspection.batch_part import WHOLE
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse, relative_change
+from keras_kfac.math.kronecker import block_damping
 from tests import helpers
 from tests.reference import assert_close
 
@@ -198,6 +199,47 @@ class TestBurnIn:
         assert seen == [0, 0, 0, 0, 1, 2]
 
 
+# ---- Weak blocks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [(2.0, 0.5), (1.0, 0.5), (0.25, 0.25), (1e-8, 0.5e-4), (0.0, 0.5)],
+    ids=["stronger", "equal", "weaker", "far weaker", "dead"],
+)
+def test_damping_of_a_block_falls_with_the_root_of_its_strength(block, expected):
+    own = block_damping(0.5, tf.constant(block, tf.float64), tf.constant(1.0, tf.float64))
+    assert_close(own, expected)
+
+
+def test_model_without_curvature_is_damped_as_told():
+    assert float(block_damping(0.5, tf.constant(0.0), tf.constant(0.0))) == 0.5
+
+
+@pytest.mark.parametrize("inverse", INVERSES)
+@pytest.mark.parametrize("adapts", [True, False], ids=["adaptive", "fixed"])
+def test_weak_blocks_are_damped_less_where_the_damping_adapts(adapts, inverse):
+    """A number is that damping for all blocks: the textbook's."""
+    damping = LevenbergMarquardt(initial=0.1) if adapts else 0.1
+    with helpers.precision("float64"):
+        model = helpers.compiled(helpers.mlp(), KFAC(damping=damping, **INVERSES[inverse]))
+        weak = model.layers[-1]
+        weak.set_weights([1e-3 * weak.kernel, weak.bias])  # So hidden layers hardly matter.
+        batch = helpers.vectors()
+        helpers.fit(model, batch, batch_size=len(batch[0]))
+    curvature = model.optimizer._known.curvature
+    mean = float(curvature.mean_eigenvalue())
+    dampings = []
+    for block in curvature.blocks:
+        strength = float(block.trace()) / block.size
+        dampings.append(0.1 * min(1, (strength / mean) ** 0.5) if adapts else 0.1)
+        a, g = (tf.convert_to_tensor(v) for v in (block.input_factor, block.output_factor))
+        expected = type(block.inverse).of(a, g, dampings[-1])
+        for part, other in zip(block.inverse, expected):
+            assert_close(part, other)
+    assert not adapts or min(dampings) < 0.01 * max(dampings)
+
+
 # ---- The search for the damping -----------------------------------------------------------------
 
 
@@ -224,7 +266,8 @@ def test_calibration_finds_what_lowers_the_loss_of_the_first_batch_most(inverse,
         loss, optimizer = loss_after_a_step(LevenbergMarquardt("calibrated", minimum=1e-12))
         scale = float(optimizer._known.curvature.mean_eigenvalue())
         tried = [scale * 10.0**k for k in range(-3, 4)]
-        losses = [loss_after_a_step(damping)[0] for damping in tried]
+        rules = [LevenbergMarquardt(damping, minimum=1e-12) for damping in tried]
+        losses = [loss_after_a_step(rule)[0] for rule in rules]
     assert loss == pytest.approx(min(losses), rel=1e-6)
     assert max(losses) > 1.01 * min(losses)
     assert float(optimizer.preconditioner_damping) == pytest.approx(tried[np.argmin(losses)])

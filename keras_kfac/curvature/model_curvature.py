@@ -12,6 +12,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher, collect
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse, Inverse
+from keras_kfac.math.kronecker import block_damping
 
 
 class ModelCurvature:
@@ -21,14 +22,20 @@ class ModelCurvature:
         adapters: The layers to cover.
         add_variable: Creates the variables.
         exact_damping: Whether blocks are `A ⊗ G + λ I`, or damped by factor.
+        spares_weak_blocks: Whether `λ` is smaller for blocks of little curvature.
 
     Attributes:
         blocks: One block for each adapted layer.
     """
 
     def __init__(
-        self, adapters: Sequence[LayerAdapter], add_variable: AddVariable, exact_damping: bool
+        self,
+        adapters: Sequence[LayerAdapter],
+        add_variable: AddVariable,
+        exact_damping: bool,
+        spares_weak_blocks: bool,
     ) -> None:
+        self._spares_weak_blocks = spares_weak_blocks
         inverse_type = ExactInverse if exact_damping else FactoredInverse
         self.blocks = [
             KroneckerBlock(adapter, _prefixed(add_variable, f"block.{index}."), inverse_type)
@@ -56,7 +63,14 @@ class ModelCurvature:
 
     def invert(self, damping: tf.Tensor) -> list[Inverse]:
         """The inverses of all damped blocks; not finite where that fails."""
-        return [block.invert(damping) for block in self.blocks]
+        if not self._spares_weak_blocks:
+            return [block.invert(damping) for block in self.blocks]
+        mean = self.mean_eigenvalue()
+        own = [tf.cast(block.trace(), mean.dtype) / block.size for block in self.blocks]
+        return [
+            block.invert(block_damping(damping, value, mean))
+            for block, value in zip(self.blocks, own)
+        ]
 
     def keep(self, inverses: Sequence[Inverse]) -> None:
         """Keeps inverses for the next steps, where they are finite."""
