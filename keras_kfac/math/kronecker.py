@@ -30,8 +30,8 @@ def block_damping(damping: tf.Tensor, block: tf.Tensor, model: tf.Tensor) -> tf.
     Source: ours, found by trial: see docs/step-control.md.
 
     Example:
-    >>> float(block_damping(tf.constant(0.5), tf.constant(0.04), tf.constant(1.0)))
-    0.1
+    >>> float(block_damping(tf.constant(0.5), tf.constant(0.0625), tf.constant(1.0)))
+    0.125
     """
     is_weaker = (block > 0) & (block < model)
     ratio = tf.where(is_weaker, block, 1) / tf.where(is_weaker, model, 1)
