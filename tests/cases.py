@@ -68,6 +68,77 @@ LOSSES = [
 LOSS = {case.name: case for case in LOSSES}
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerCase:
+    """A layer with a curvature block, and the shape of one example of its input."""
+
+    name: str
+    layer_class: type[keras.Layer]
+    config: dict
+    input_shape: tuple[int, ...]
+
+    def __str__(self):
+        return self.name
+
+    def make(self, **config):
+        """A new layer in float64, without activation, with a bias that is not zero."""
+        config = {"dtype": "float64", "bias_initializer": "random_normal"} | self.config | config
+        return self.layer_class(**config)
+
+
+def _conv(rank, name, shape, **config):
+    config = {"filters": 4, "kernel_size": 3} | config
+    return LayerCase(f"conv{rank}d-{name}", getattr(layers, f"Conv{rank}D"), config, shape)
+
+
+def _depthwise(rank, name, shape, **config):
+    layer_class = getattr(layers, f"DepthwiseConv{rank}D")
+    return LayerCase(f"depthwise{rank}d-{name}", layer_class, {"kernel_size": 3} | config, shape)
+
+
+def _einsum(name, equation, output_shape, bias_axes, shape):
+    config = {"equation": equation, "output_shape": output_shape, "bias_axes": bias_axes}
+    return LayerCase(f"einsum-{name}", layers.EinsumDense, config, shape)
+
+
+LAYERS = [
+    LayerCase("dense", layers.Dense, {"units": 3}, (5,)),
+    LayerCase("dense-positions", layers.Dense, {"units": 3}, (2, 3, 5)),
+    _conv(1, "valid", (7, 2)),
+    _conv(1, "same-strided", (8, 2), strides=2, padding="same"),
+    _conv(1, "causal", (7, 2), padding="causal"),
+    _conv(1, "causal-dilated", (9, 2), padding="causal", dilation_rate=2),
+    _conv(1, "causal-strided", (9, 2), padding="causal", strides=3),
+    _conv(1, "grouped", (6, 4), groups=2),
+    _conv(2, "valid", (5, 4, 2)),
+    _conv(2, "same-strided", (6, 5, 2), kernel_size=(2, 3), strides=(2, 1), padding="same"),
+    _conv(2, "dilated", (6, 6, 2), kernel_size=(3, 2), dilation_rate=2),
+    _conv(2, "grouped", (4, 4, 6), filters=6, kernel_size=2, groups=3),
+    _conv(3, "valid", (3, 4, 3, 2), filters=2, kernel_size=(2, 3, 2)),
+    _conv(3, "same-strided", (4, 3, 5, 2), filters=2, strides=(2, 1, 3), padding="same"),
+    _conv(3, "dilated", (3, 5, 3, 1), filters=2, kernel_size=(1, 2, 2), dilation_rate=(1, 3, 2)),
+    _conv(3, "grouped", (2, 3, 2, 4), filters=2, kernel_size=2, groups=2),
+    _depthwise(1, "valid", (6, 3)),
+    _depthwise(1, "same-strided", (7, 2), padding="same", strides=2, depth_multiplier=2),
+    _depthwise(2, "valid", (4, 5, 3), kernel_size=(2, 3)),
+    _depthwise(2, "same-strided", (5, 6, 2), padding="same", strides=2, depth_multiplier=3),
+    _depthwise(2, "dilated", (6, 5, 2), kernel_size=2, dilation_rate=2),
+    _depthwise(2, "one-channel", (4, 4, 1), depth_multiplier=2),
+    _einsum("plain", "ab,bc->ac", 3, "c", (4,)),
+    _einsum("no-bias", "ab,bc->ac", 3, None, (4,)),
+    _einsum("query", "abc,cde->abde", (None, 2, 3), "de", (3, 4)),
+    _einsum("output", "abcd,cde->abe", (None, 5), "e", (3, 2, 2)),
+    _einsum("ellipsis", "...x,xy->...y", 3, "y", (2, 3, 4)),
+    _einsum("ellipsis-heads", "...xh,hyx->...y", 3, "y", (3, 2, 2)),
+    _einsum("ellipsis-last", "ab...,bc->ac...", (3, 2), None, (4, 2)),
+    _einsum("grouped", "abgc,gcd->abdg", (None, 2, 3), "gd", (2, 3, 3)),
+    _einsum("grouped-only", "abc,c->abc", (2, 3), "c", (2, 3)),
+    _einsum("turned", "abc,dcb->ad", 4, "d", (2, 3)),
+    _einsum("positions-last", "abc,bd->adc", (4, 3), None, (2, 3)),
+    _einsum("summed", "abc,cd->ad", 4, "d", (2, 3)),
+]
+
+
 def mlp(widths, activation="tanh", head=None, seed=0, use_bias=True):
     """A chain of Dense layers in float64 with non-zero biases."""
     keras.utils.set_random_seed(seed)

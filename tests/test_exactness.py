@@ -313,42 +313,6 @@ class TestPositions:
         (a, g), *_ = factors(model, loss, x)
         assert_close(kron(a, g), layer_block(model, loss, x, y, model.layers[0]))
 
-    def test_expand_dense(self):
-        """Identity 11a: one linear layer with a target at each position."""
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential(
-            [keras.Input((4, 8, 5), dtype="float64"), layers.Dense(3, dtype="float64")]
-        )
-        x, y = RNG.normal(size=(2, 4, 8, 5)), RNG.normal(size=(2, 4, 8, 3))
-        loss = LOSS["mse"].make()
-        (a, g), *_ = factors(model, loss, x)
-        assert_close(kron(a, g), layer_block(model, loss, x, y, model.layers[0]))
-
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"kernel_size": 4, "padding": "same"},
-            {"kernel_size": 3, "strides": 2, "padding": "valid"},
-            {"kernel_size": (2, 3), "dilation_rate": 2, "padding": "same"},
-            {"kernel_size": 3, "use_bias": False},
-        ],
-        ids=str,
-    )
-    def test_expand_convolution(self, options):
-        """Identity 11a: one convolution with a target at each pixel, squared loss."""
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential(
-            [
-                keras.Input((8, 8, 3), dtype="float64"),
-                layers.Conv2D(2, dtype="float64", **options),
-            ]
-        )
-        x = RNG.normal(size=(2, 8, 8, 3))
-        y = RNG.normal(size=model.output_shape[1:])[None].repeat(2, 0)
-        loss = LOSS["mse"].make()
-        (a, g), *_ = factors(model, loss, x)
-        assert_close(kron(a, g), layer_block(model, loss, x, y, model.layers[0]))
-
     def test_expand_is_wrong_where_the_loss_pools(self):
         """The negative half of 11a: before pooling, "expand" is another matrix."""
         keras.utils.set_random_seed(0)
@@ -364,25 +328,6 @@ class TestPositions:
         (a, g), *_ = factors(model, loss, x)
         block = layer_block(model, loss, x, y, model.layers[0])
         assert relative_difference(kron(a, g), block) > 0.1
-
-    @pytest.mark.parametrize("groups", [2, 3])
-    def test_grouped_convolution(self, groups):
-        """One block for each group: the diagonal blocks of the GGN over groups."""
-        keras.utils.set_random_seed(0)
-        layer = layers.Conv2D(
-            2 * groups, 2, groups=groups, dtype="float64", bias_initializer="random_normal"
-        )
-        model = keras.Sequential([keras.Input((4, 4, 2 * groups), dtype="float64"), layer])
-        x, y = RNG.normal(size=(2, 4, 4, 2 * groups)), RNG.normal(size=(2, 3, 3, 2 * groups))
-        loss = LOSS["mse"].make()
-        (a, g), *_ = factors(model, loss, x)
-        assert a.shape == (groups, 9, 9) and g.shape == (groups, 2, 2)
-        dense_block = layer_block(model, loss, x, y, layer, pfor=False)
-        # Kernel entries are ordered (row, column, channel, output), then the bias.
-        index = np.arange(9 * 2 * groups).reshape(9, groups, 2)
-        for group in range(groups):
-            own = index[:, group].ravel()
-            assert_close(kron(a[group], g[group]), dense_block[np.ix_(own, own)])
 
 
 class TestProbabilityOutputs:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_kfac.introspection.adapters import Conv2DAdapter
+from keras_kfac.introspection.convolutions import ConvAdapter
 from keras_kfac.math import factors, kronecker, linalg, patches, step_control, update_times
 from keras_kfac.math.moving_average import weighted_average
 from tests.reference import assert_close
@@ -44,19 +44,10 @@ def conv_layer(channels=3, filters=4, **options):
 
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 class TestPatches:
-    def test_product_with_kernel_is_the_convolution(self, options):
-        """Identity 1."""
-        layer, x = conv_layer(**options), RNG.normal(size=(2, 13, 12, 3))
-        adapter = Conv2DAdapter(layer, lambda v: True)
-        rows = adapter.input_rows(tf.constant(x))
-        matrix = adapter.to_matrix({id(v): v.value for v in adapter.variables})
-        expected = layer(x)
-        assert_close(tf.matmul(rows, matrix), tf.reshape(expected, [2, -1, 4]), 1e-12)
-
     def test_input_factor_against_loops(self, options):
         """Identity 2: every location one by one; the corner of the bias is 1."""
         layer, x = conv_layer(**options), RNG.normal(size=(2, 13, 12, 3))
-        adapter = Conv2DAdapter(layer, lambda v: True)
+        adapter = ConvAdapter(layer, lambda v: True)
         moment, weight = factors.input_moment(adapter.input_rows(tf.constant(x)))
         expected = explicit_input_factor(x, layer)
         assert_close(moment / weight, expected, 1e-12)
@@ -98,7 +89,7 @@ def test_channels_first_gives_the_same_rows(groups):
     last.build((None, 5, 7, 3))
     first.build((None, 3, 5, 7))
     x, y = RNG.normal(size=(2, 5, 7, 3)), RNG.normal(size=(2, 5, 4, 6))
-    adapters = [Conv2DAdapter(layer, lambda v: True) for layer in (last, first)]
+    adapters = [ConvAdapter(layer, lambda v: True) for layer in (last, first)]
     for method, tensor in [("input_rows", x), ("output_rows", y)]:
         transposed = np.transpose(tensor, [0, 3, 1, 2])
         rows = [
@@ -106,40 +97,6 @@ def test_channels_first_gives_the_same_rows(groups):
             for adapter, value in zip(adapters, (tensor, transposed))
         ]
         np.testing.assert_array_equal(*rows)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_grouped_rows_times_matrix_is_the_convolution(groups, use_bias):
-    layer = conv_layer(4, 8, kernel_size=3, groups=groups, use_bias=use_bias)
-    x = RNG.normal(size=(2, 13, 12, 4))
-    adapter = Conv2DAdapter(layer, lambda v: True)
-    product = tf.matmul(
-        adapter.input_rows(tf.constant(x)),
-        # One matrix per group, for all images.
-        expand_images(adapter.to_matrix({id(v): v.value for v in adapter.variables}), groups),
-    )
-    expected = adapter.output_rows(layer(x))
-    assert_close(product, expected, 1e-12)
-
-
-def expand_images(matrix, groups):
-    return matrix if groups == 1 else matrix[:, tf.newaxis]
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("trained", ["both", "kernel", "bias"])
-def test_matrix_round_trip(groups, trained):
-    layer = conv_layer(6, 9, kernel_size=2, groups=groups)
-    chosen = {"both": [layer.kernel, layer.bias], "kernel": [layer.kernel], "bias": [layer.bias]}
-    adapter = Conv2DAdapter(layer, lambda v: any(v is c for c in chosen[trained]))
-    gradients = {id(v): tf.constant(RNG.normal(size=v.shape)) for v in chosen[trained]}
-    matrix = adapter.to_matrix(gradients)
-    assert tuple(matrix.shape[-2:]) == adapter.dims
-    back = adapter.from_matrix(matrix)
-    assert back.keys() == gradients.keys()
-    for key, value in gradients.items():
-        np.testing.assert_array_equal(back[key], value)
 
 
 def spd(size, rng=RNG, rank=None):
@@ -348,5 +305,5 @@ def test_python_floats_keep_their_digits():
 
 
 def test_patches_shape_is_static():
-    rows = patches.patches_2d(tf.zeros([2, 5, 5, 3]), (2, 2), (1, 1), "valid", (1, 1))
+    rows = patches.extract(tf.zeros([2, 5, 5, 3]), (2, 2), (1, 1), "valid", (1, 1))
     assert rows.shape == (2, 16, 12)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 import keras
 import tensorflow as tf
 
-from keras_kfac.math import factors, patches
+from keras_kfac.math import factors
 
 Gradients = dict[int, tf.Tensor]
 """Gradients (or directions) of a layer's variables, by `id` of the variable."""
@@ -98,23 +98,40 @@ class LayerAdapter(abc.ABC):
     def to_matrix(self, gradients: Gradients) -> tf.Tensor:
         """Joins kernel and bias gradients into `[..., d_in, d_out]`."""
         parts = []
-        for variable in self.variables:
-            gradient = gradients[id(variable)]
-            parts.append(self._group(tf.reshape(gradient, [-1, variable.shape[-1]])))
+        if self.kernel is not None:
+            parts.append(self.kernel_matrix(gradients[id(self.kernel)]))
+        if self.bias is not None:
+            parts.append(self.bias_row(gradients[id(self.bias)]))
         return parts[0] if len(parts) == 1 else tf.concat(parts, axis=-2)
 
     def from_matrix(self, matrix: tf.Tensor) -> Gradients:
         """Inverse of `to_matrix`."""
         result = {}
         if self.bias is not None:
-            bias = self._ungroup(matrix[..., -1:, :])
-            result[id(self.bias)] = tf.reshape(bias, self.bias.shape)
+            result[id(self.bias)] = self.bias_tensor(matrix[..., -1:, :])
         if self.kernel is not None:
             rows = matrix[..., : self.kernel_dims[0], :]
-            result[id(self.kernel)] = tf.reshape(self._ungroup(rows), self.kernel.shape)
+            result[id(self.kernel)] = self.kernel_tensor(rows)
         return result
 
-    # Keras keeps the output channels of a group side by side: columns of `[rows, groups * d_out]`.
+    # Most kernels end in the output channels; those of a group lie side by side.
+    def kernel_matrix(self, kernel: tf.Tensor) -> tf.Tensor:
+        """A tensor shaped as the kernel as `[..., *kernel_dims]`."""
+        columns = (self.groups or 1) * self.kernel_dims[1]
+        return self._group(tf.reshape(kernel, [-1, columns]))
+
+    def kernel_tensor(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Inverse of `kernel_matrix`."""
+        return tf.reshape(self._ungroup(matrix), self.layer.kernel.shape)
+
+    def bias_row(self, bias: tf.Tensor) -> tf.Tensor:
+        """A tensor shaped as the bias as `[..., 1, kernel_dims[1]]`."""
+        return self._group(tf.reshape(bias, [1, -1]))
+
+    def bias_tensor(self, row: tf.Tensor) -> tf.Tensor:
+        """Inverse of `bias_row`."""
+        return tf.reshape(self._ungroup(row), self.layer.bias.shape)
+
     def _group(self, matrix: tf.Tensor) -> tf.Tensor:
         if self.groups is None:
             return matrix
@@ -151,49 +168,3 @@ class DenseAdapter(LayerAdapter):
             return tensor[:, tf.newaxis, :]
         positions = -1 if None in tensor.shape[1:-1] else math.prod(tensor.shape[1:-1])
         return tf.reshape(tensor, [tf.shape(tensor)[0], positions, tensor.shape[-1]])
-
-
-class Conv2DAdapter(LayerAdapter):
-    """`keras.layers.Conv2D`: every output pixel is a position (KFC, Grosse & Martens 2016)."""
-
-    @classmethod
-    def methods(cls) -> Collection[str]:
-        """Names of the layer's methods relied on."""
-        return ("call", "convolution_op")
-
-    @property
-    def groups(self) -> int | None:
-        """Groups of channels, each a block of its own."""
-        return self.layer.groups if self.layer.groups > 1 else None
-
-    @property
-    def kernel_dims(self) -> tuple[int, int]:
-        """Rows and columns of the kernel."""
-        *window, channels = self.layer.kernel.shape
-        return math.prod(window), channels // self.layer.groups
-
-    def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Rows that the kernel multiplies."""
-        layer = self.layer
-        images = self._channels_last(inputs)
-        rows = patches.patches_2d(
-            images, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate
-        )
-        return self._split(rows, images.shape[-1])
-
-    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
-        """Rows of pre-activation gradients."""
-        gradients = self._channels_last(gradients)
-        channels = gradients.shape[-1]
-        rows = tf.reshape(gradients, [tf.shape(gradients)[0], -1, channels])
-        return self._split(rows, channels)
-
-    def _channels_last(self, images: tf.Tensor) -> tf.Tensor:
-        if self.layer.data_format == "channels_first":
-            return tf.transpose(images, [0, 2, 3, 1])
-        return images
-
-    def _split(self, rows: tf.Tensor, channels: int) -> tf.Tensor:
-        if self.groups is None:
-            return rows
-        return patches.split_channel_groups(rows, channels, self.groups)

@@ -2,11 +2,18 @@
 
 import keras
 
-from keras_kfac.introspection.adapters import Conv2DAdapter, DenseAdapter, LayerAdapter
+from keras_kfac.introspection.adapters import DenseAdapter, LayerAdapter
+from keras_kfac.introspection.convolutions import ConvAdapter, DepthwiseConvAdapter
+from keras_kfac.introspection.einsum import EinsumDenseAdapter
 
 ADAPTERS: dict[type[keras.Layer], type[LayerAdapter]] = {
     keras.layers.Dense: DenseAdapter,
-    keras.layers.Conv2D: Conv2DAdapter,
+    keras.layers.EinsumDense: EinsumDenseAdapter,
+    keras.layers.Conv1D: ConvAdapter,
+    keras.layers.Conv2D: ConvAdapter,
+    keras.layers.Conv3D: ConvAdapter,
+    keras.layers.DepthwiseConv1D: DepthwiseConvAdapter,
+    keras.layers.DepthwiseConv2D: DepthwiseConvAdapter,
 }
 
 

@@ -1,43 +1,93 @@
 """Convolution as a matrix product: patches in the order of Keras kernels.
 
-A kernel `[height, width, channels_in, channels_out]` reshaped to `[-1, channels_out]` has rows in
-the order (row, column, channel), channels fastest: the order of `tf.image.extract_patches`.
+A kernel `[*window, channels_in, channels_out]` reshaped to `[-1, channels_out]` has rows in
+the order of the window, then the channel, channels fastest: so have patches.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
 
 
-def patches_2d(
+def extract(
     images: tf.Tensor,
-    kernel_size: Sequence[int],
+    window: Sequence[int],
     strides: Sequence[int],
     padding: str,
     dilation: Sequence[int],
 ) -> tf.Tensor:
-    """Patches that a 2-D convolution multiplies with its kernel.
+    """Patches that a convolution in any number of dimensions multiplies with its kernel.
 
     Args:
-        images: `[batch, height, width, channels]`.
-        kernel_size: Two positive ints.
-        strides: Two positive ints.
-        padding: `"same"` or `"valid"`; padded entries are zero.
-        dilation: Two positive ints.
+        images: `[batch, *sizes, channels]`.
+        window: A positive int for each of the sizes, like the next two.
+        strides: Steps from one patch to the next.
+        padding: `"same"`, `"valid"` or `"causal"` (no entry later than the output in any
+            dimension); padded entries are zero.
+        dilation: Steps from one entry of a patch to the next.
 
     Returns:
-        `[batch, positions, height * width * channels]` of the kernel, one position for each
-        output pixel, row by row.
+        `[batch, positions, window * channels]`, one position for each output pixel, the last
+        dimension fastest.
+
+    Example:
+    >>> signal = tf.reshape(tf.range(4.0), [1, 4, 1])
+    >>> extract(signal, [2], [1], "causal", [1])[0].numpy().tolist()
+    [[0.0, 0.0], [0.0, 1.0], [1.0, 2.0], [2.0, 3.0]]
     """
+    if padding == "causal":
+        before = [(size - 1) * step for size, step in zip(window, dilation)]
+        images = tf.pad(images, [[0, 0], *([size, 0] for size in before), [0, 0]])
+        padding = "valid"
+    width = math.prod(window) * images.shape[-1]
+    if len(window) > 2:
+        patches = _by_slices(images, window, strides, padding, dilation)
+        return tf.reshape(patches, [tf.shape(images)[0], -1, width])
+    if len(window) == 1:
+        images = images[:, tf.newaxis]
+    one = [1] * (2 - len(window))
     patches = tf.image.extract_patches(
         images,
-        sizes=[1, *kernel_size, 1],
-        strides=[1, *strides, 1],
-        rates=[1, *dilation, 1],
+        sizes=[1, *one, *window, 1],
+        strides=[1, *one, *strides, 1],
+        rates=[1, *one, *dilation, 1],
         padding=padding.upper(),
     )
-    width = kernel_size[0] * kernel_size[1] * images.shape[-1]
     return tf.reshape(patches, [tf.shape(images)[0], -1, width])
+
+
+def _by_slices(
+    images: tf.Tensor,
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: str,
+    dilation: Sequence[int],
+) -> tf.Tensor:
+    """`[batch, *places, window * channels]`: a slice of the images for each entry of the window.
+
+    TensorFlow's own op for three dimensions knows no dilation.
+    """
+    sizes = [tf.shape(images)[1 + axis] for axis in range(len(window))]
+    reach = [(size - 1) * step + 1 for size, step in zip(window, dilation)]
+    if padding == "same":
+        places = [-(-size // step) for size, step in zip(sizes, strides)]
+        missing = [
+            tf.maximum((n - 1) * step + r - size, 0)
+            for n, step, r, size in zip(places, strides, reach, sizes)
+        ]
+        pads = [[m // 2, m - m // 2] for m in missing]
+        images = tf.pad(images, [[0, 0], *pads, [0, 0]])
+    else:
+        places = [(size - r) // step + 1 for size, r, step in zip(sizes, reach, strides)]
+    spans = [(n - 1) * step + 1 for n, step in zip(places, strides)]
+    slices = []
+    for entry in itertools.product(*map(range, window)):
+        starts = [index * step for index, step in zip(entry, dilation)]
+        place = [slice(s, s + span, step) for s, span, step in zip(starts, spans, strides)]
+        slices.append(images[:, *place])
+    return tf.concat(slices, axis=-1)
 
 
 def split_channel_groups(rows: tf.Tensor, channels: int, groups: int) -> tf.Tensor:
