@@ -20,8 +20,8 @@ from keras_kfac.stepping import SteppingOptimizer
 class KFAC(SteppingOptimizer):
     """Natural gradient descent with Kronecker-factored approximate curvature (K-FAC).
 
-    For every `Dense` and `Conv2D` layer with input rows `ā` (the 1 of the bias included) and
-    pre-activation gradients `g` the optimizer keeps moving averages of
+    For every layer that is an affine map (dense, einsum, convolution) with input rows `ā` (the 1 of
+    the bias included) and pre-activation gradients `g` the optimizer keeps moving averages of
 
         A = E[ā āᵀ],   G = E[g gᵀ]   (scaled so that A ⊗ G is the Fisher block of the model's loss)
 
