@@ -11,7 +11,7 @@ from keras_kfac import _keras_internals
 from keras_kfac.curvature.coverage import CoveragePlan, plan_coverage
 from keras_kfac.introspection.forward_pass import ForwardPass, is_recording, recording
 from keras_kfac.introspection.losses import ModelLoss, resolve_loss
-from keras_kfac.introspection.registry import find_adapter
+from keras_kfac.introspection.registry import find_adapters
 from keras_kfac.introspection.replay import Replay, is_replaying
 
 # In eager custom loops, training-mode passes that no step ever uses (Monte-Carlo dropout, say)
@@ -94,7 +94,7 @@ class Attachment:
         if is_recording() or is_replaying() or not self._is_training(args, kwargs):
             return call(*args, **kwargs)
         layers = _keras_internals.flatten_layers(self.model)
-        adaptable = [layer for layer in layers if find_adapter(layer)[0] is not None]
+        adaptable = [layer for layer in layers if find_adapters(layer)[0]]
         replay = Replay(self.model, args, kwargs) if self._replays else None
         with recording(adaptable, self._persistent_tape) as forward_pass:
             outputs = call(*args, **kwargs)

@@ -96,6 +96,19 @@ def _depthwise(rank, name, shape, **config):
     return LayerCase(f"depthwise{rank}d-{name}", layer_class, {"kernel_size": 3} | config, shape)
 
 
+def _separable(rank, name, shape, **config):
+    layer_class = getattr(layers, f"SeparableConv{rank}D")
+    return LayerCase(
+        f"separable{rank}d-{name}", layer_class, {"filters": 3, "kernel_size": 3} | config, shape
+    )
+
+
+def _transposed(rank, name, shape, **config):
+    layer_class = getattr(layers, f"Conv{rank}DTranspose")
+    config = {"filters": 3, "kernel_size": 2, "strides": 2} | config
+    return LayerCase(f"transposed{rank}d-{name}", layer_class, config, shape)
+
+
 def _einsum(name, equation, output_shape, bias_axes, shape):
     config = {"equation": equation, "output_shape": output_shape, "bias_axes": bias_axes}
     return LayerCase(f"einsum-{name}", layers.EinsumDense, config, shape)
@@ -136,6 +149,24 @@ LAYERS = [
     _einsum("turned", "abc,dcb->ad", 4, "d", (2, 3)),
     _einsum("positions-last", "abc,bd->adc", (4, 3), None, (2, 3)),
     _einsum("summed", "abc,cd->ad", 4, "d", (2, 3)),
+]
+# Layers of several affine maps, whose blocks are exact in fewer cases: see `test_layers.py`.
+COMPOSED_LAYERS = [
+    _separable(1, "valid", (6, 2)),
+    _separable(1, "same-strided", (7, 2), strides=2, padding="same", depth_multiplier=2),
+    _separable(2, "valid", (4, 5, 2), depth_multiplier=2),
+    _separable(2, "same-strided", (5, 4, 3), strides=2, padding="same"),
+    _separable(2, "dilated", (5, 5, 1), kernel_size=2, dilation_rate=2),
+    _transposed(1, "valid", (4, 2)),
+    _transposed(1, "same", (4, 2), padding="same", kernel_size=3),
+    _transposed(1, "output-padding", (4, 2), kernel_size=3, output_padding=1),
+    _transposed(1, "dilated", (4, 2), kernel_size=3, strides=1, dilation_rate=2),
+    _transposed(2, "valid", (3, 2, 2)),
+    _transposed(2, "sparse", (3, 2, 2), kernel_size=(2, 1), strides=3),
+    _transposed(2, "same-overlapping", (3, 3, 2), padding="same", kernel_size=3),
+    _transposed(2, "no-bias", (2, 3, 2), use_bias=False),
+    _transposed(3, "valid", (2, 2, 2, 2)),
+    _transposed(3, "same", (2, 1, 2, 2), padding="same", strides=(2, 1, 2)),
 ]
 
 
@@ -179,9 +210,10 @@ def factors(
     """Factors of all adapted layers on one batch, as the optimizer computes them."""
     resolved = resolve_loss(loss, loss_weight, empirical=fisher == "empirical")
     adapters = [
-        registry.find_adapter(layer)[0](layer, lambda v: v.trainable)
+        adapter
         for layer in model.layers
-        if registry.find_adapter(layer)[0] is not None and layer.weights
+        if layer.weights
+        for adapter in registry.adapt(layer, lambda v: v.trainable)
     ]
     with forward_pass.recording([a.layer for a in adapters], persistent=True) as recorded:
         recorded.outputs = model(x, training=True)
@@ -195,4 +227,4 @@ def factors(
         tf.convert_to_tensor(seed, tf.int32),
         tf.float64,
     )
-    return [batch.layers[id(a.layer)] for a in adapters]
+    return [batch.layers[id(a)] for a in adapters]

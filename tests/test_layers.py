@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from keras_kfac import KFAC, _keras_internals
 from keras_kfac.introspection import forward_pass, registry
+from keras_kfac.introspection.convolutions import TransposedKernelAdapter
 from keras_kfac.math import factors as kronecker_factors
 from tests import helpers
-from tests.cases import LAYERS, LOSS, LayerCase, factors
-from tests.reference import assert_close, dense_ggn, kron
+from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, LayerCase, factors
+from tests.reference import assert_close, dense_ggn, kron, relative_difference
 
 layers = keras.layers
 RNG = np.random.default_rng(0)
@@ -26,9 +27,8 @@ def built(case, **config):
 
 
 def adapt(layer, trained=lambda v: True):
-    adapter_class, reason = registry.find_adapter(layer)
-    assert adapter_class is not None, reason
-    return adapter_class(layer, trained)
+    (adapter,) = registry.adapt(layer, trained)
+    return adapter
 
 
 def for_all_rows(matrix):
@@ -77,19 +77,38 @@ class TestLayer:
 
 def check_equals_ggn(model, layer):
     """That the blocks of a model of one layer are those of the GGN of a squared loss."""
+    for _, block, dense in blocks_and_ggn(model, layer):
+        assert_close(block, dense)
+
+
+def blocks_and_ggn(model, layer):
+    """Adapter, block and part of the GGN of a squared loss, for each block of a layer."""
     x = RNG.normal(size=(2, *model.input_shape[1:]))
     y = RNG.normal(size=model(x).shape)
     loss = LOSS["mse"].make()
-    (a, g), *_ = factors(model, loss, x)
-    adapter = adapt(layer, lambda v: v.trainable)
-    dense = dense_ggn(model, loss, x, y, adapter.variables, pfor=False)
-    entries = places(adapter)
-    assert sorted(entries.ravel()) == list(range(len(dense)))
-    if adapter.groups is None:
-        a, g, entries = a[None], g[None], entries[None]
-    for own, input_factor, output_factor in zip(entries, a, g):
-        index = own.ravel()
-        assert_close(kron(input_factor, output_factor), dense[np.ix_(index, index)])
+    adapters = registry.adapt(layer, lambda v: v.trainable)
+    for adapter, (a, g) in zip(adapters, factors(model, loss, x)):
+        dense = dense_ggn(model, loss, x, y, adapter.variables, pfor=False)
+        entries = places(adapter)
+        assert sorted(entries.ravel()) == list(range(len(dense)))
+        if adapter.groups is None:
+            a, g, entries = a[None], g[None], entries[None]
+        for own, input_factor, output_factor in zip(entries, a, g):
+            index = own.ravel()
+            yield adapter, kron(input_factor, output_factor), dense[np.ix_(index, index)]
+
+
+@pytest.mark.parametrize("case", COMPOSED_LAYERS, ids=str)
+def test_composed_layers_equal_the_ggn(case):
+    """But for windows that overlap: the pixels of a transposed convolution then share outputs."""
+    model, layer = built(case)
+    for adapter, block, dense in blocks_and_ggn(model, layer):
+        window = [(k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation_rate)]
+        overlaps = any(reach >= step for reach, step in zip(window, layer.strides))
+        if isinstance(adapter, TransposedKernelAdapter) and overlaps:
+            assert relative_difference(block, dense) > 0.01
+        else:
+            assert_close(block, dense)
 
 
 def freeze(variable):
@@ -115,6 +134,51 @@ def test_bias_corner_of_the_input_factor_is_one():
             rows = adapter.input_rows(tf.constant(RNG.normal(size=(2, *case.input_shape))))
             moment, weight = kronecker_factors.input_moment(rows)
             np.testing.assert_allclose((moment / weight)[..., -1, -1], 1.0, rtol=1e-14)
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *COMPOSED_LAYERS], ids=str)
+class TestAnyLayer:
+    def test_gradients_are_products_of_rows(self, case):
+        """The gradient of a kernel is the sum over positions of input rows times gradients."""
+        model, layer = built(case)
+        x = tf.constant(RNG.normal(size=(2, *case.input_shape)))
+        adapters = registry.adapt(layer, lambda v: True)
+        assert {id(v) for a in adapters for v in a.variables} == {id(v) for v in layer.weights}
+        with forward_pass.recording([layer], persistent=True) as recorded:
+            outputs = model(x)
+        vector = tf.constant(RNG.normal(size=outputs.shape))
+        (call,) = recorded.calls[id(layer)]
+        (at_outputs,) = recorded.output_gradients([layer], outputs, vector)[id(layer)]
+        for adapter in adapters:
+            with tf.GradientTape() as tape:
+                value = tf.reduce_sum(model(x) * vector)
+            gradients = tape.gradient(value, {id(v): v.value for v in adapter.variables})
+            inputs, outputs = adapter.input_rows(call.inputs), adapter.output_rows(at_outputs)
+            if adapter.kernel is None:  # One row stands for all of them.
+                inputs = tf.ones_like(outputs[..., :1])
+            products = tf.einsum("...bpi,...bpo->...io", inputs, outputs)
+            assert_close(products, adapter.to_matrix(gradients), 1e-12)
+
+    def test_matrices_go_back_to_tensors(self, case):
+        _, layer = built(case)
+        for adapter in registry.adapt(layer, lambda v: True):
+            values = {id(v): tf.constant(RNG.normal(size=v.shape)) for v in adapter.variables}
+            back = adapter.from_matrix(adapter.to_matrix(values))
+            assert back.keys() == values.keys()
+            for key, value in values.items():
+                np.testing.assert_array_equal(back[key], value)
+
+    def test_trains(self, case):
+        """A step of the whole optimizer, of all weights of the layer."""
+        model, _ = built(case)
+        x = RNG.normal(size=(8, *case.input_shape))
+        y = RNG.normal(size=model(x).shape)
+        before = model.get_weights()
+        model = helpers.compiled(model, KFAC(), keras.losses.MeanSquaredError(), run_eagerly=True)
+        helpers.fit(model, (x, y), epochs=3)
+        assert [row.block for row in model.optimizer.coverage()] == ["kronecker"]
+        for old, new in zip(before, model.get_weights()):
+            assert np.isfinite(new).all() and np.abs(new - old).max() > 0
 
 
 ATTENTION = {
@@ -215,8 +279,8 @@ class TestRefused:
     def test_bias_of_an_einsum_along_other_axes(self):
         layer = layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="e")
         layer.build((None, 3, 4))
-        adapter, reason = registry.find_adapter(layer)
-        assert adapter is None
+        adapters, reason = registry.find_adapters(layer)
+        assert not adapters
         assert reason == (
             "the bias has the axes 'e' in 'abc,cde->abde', and not those that kernel and outputs "
             "share: 'de'"
@@ -225,8 +289,8 @@ class TestRefused:
     def test_einsum_over_the_batch(self):
         layer = layers.EinsumDense("ab,ac->bc", (3,))
         layer.build((2, 4))
-        adapter, reason = registry.find_adapter(layer)
-        assert adapter is None
+        adapters, reason = registry.find_adapters(layer)
+        assert not adapters
         assert reason == "the first axis in 'ab,ac->bc' is no batch of independent examples"
 
     def test_overridden_call(self):
@@ -234,8 +298,8 @@ class TestRefused:
             def call(self, inputs):
                 return 2 * super().call(inputs)
 
-        adapter, reason = registry.find_adapter(Scaled(2, 3))
-        assert adapter is None
+        adapters, reason = registry.find_adapters(Scaled(2, 3))
+        assert not adapters
         assert reason == "Scaled overrides `Conv1D.call`"
 
 

@@ -8,7 +8,7 @@ import keras
 
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path
-from keras_kfac.introspection.registry import find_adapter
+from keras_kfac.introspection.registry import adapt, find_adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +75,18 @@ def plan_coverage(
         called: `id`s of the layers that a forward pass called; `None` before the first pass.
         unreachable: Reasons why a layer's tensors can't be had, by `id` of the layer.
     """
-    adapters, rows = [], Coverage()
+    adapters: list[LayerAdapter] = []
+    rows = Coverage()
     for layer in _keras_internals.flatten_layers(model):
         own = _own_variables(layer)
         if not own:
             continue
         trained = [v for v in own if is_trained(v)]
-        adapter, reason = None, "no trained weights"
+        found, reason = [], "no trained weights"
         if trained:
-            adapter, reason = _adapter(layer, is_trained, called, unreachable or {})
-        if adapter is not None:
-            adapters.append(adapter)
-        block = "frozen" if not trained else "fallback" if adapter is None else "kronecker"
+            found, reason = _adapters(layer, is_trained, called, unreachable or {})
+            adapters += found
+        block = "frozen" if not trained else "kronecker" if found else "fallback"
         count = sum(int(v.value.shape.num_elements()) for v in trained)
         rows.append(CoverageRow(layer_path(layer), type(layer).__name__, count, block, reason))
     return CoveragePlan(adapters, rows)
@@ -103,17 +103,17 @@ def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [v for v in layer.weights if id(v) not in below]
 
 
-def _adapter(
+def _adapters(
     layer: keras.Layer,
     is_trained: Callable[[keras.Variable], bool],
     called: Collection[int] | None,
     unreachable: Mapping[int, str],
-) -> tuple[LayerAdapter | None, str]:
-    adapter_class, reason = find_adapter(layer)
-    if adapter_class is None:
-        return None, reason
+) -> tuple[list[LayerAdapter], str]:
+    classes, reason = find_adapters(layer)
+    if not classes:
+        return [], reason
     if id(layer) in unreachable:
-        return None, unreachable[id(layer)]
+        return [], unreachable[id(layer)]
     if called is not None and id(layer) not in called:
-        return None, "not called in the model's forward pass"
-    return adapter_class(layer, is_trained), ""
+        return [], "not called in the model's forward pass"
+    return adapt(layer, is_trained), ""

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac.curvature.block import AddVariable, KroneckerBlock
-from keras_kfac.introspection.adapters import Gradients, LayerAdapter, layer_path
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher, collect
@@ -57,7 +57,7 @@ class ModelCurvature:
         adapters = [block.adapter for block in self.blocks]
         batch = collect(passes, adapters, loss, fisher, seed, self._dtype)
         for block in self.blocks:
-            statistics = batch.layers.get(id(block.adapter.layer))
+            statistics = batch.layers.get(id(block.adapter))
             if statistics is not None:
                 block.update(statistics, batch.examples, decay)
 
@@ -117,17 +117,17 @@ class ModelCurvature:
         return trace / sum(block.size for block in self.blocks)
 
     def condition_numbers(self) -> dict[str, float]:
-        """Condition numbers of the damped blocks by path of the layer, as of the last refresh."""
-        return {layer_path(b.adapter.layer): float(b.inverse.condition_number) for b in self.blocks}
+        """Condition numbers of the damped blocks by their paths, as of the last refresh."""
+        return {b.adapter.path: float(b.inverse.condition_number) for b in self.blocks}
 
     def staleness(self) -> dict[str, float]:
-        """Relative changes of the inverses since the refresh before, by path of the layer."""
+        """Relative changes of the inverses since the refresh before, by path of the block."""
         again = [block for block in self.blocks if int(block.refreshes.numpy()) > 1]
-        return {layer_path(b.adapter.layer): float(b.staleness) for b in again}
+        return {b.adapter.path: float(b.staleness) for b in again}
 
     def failed_refreshes(self) -> dict[str, int]:
-        """Layers whose damped factors could not be inverted, and how often."""
-        counts = {layer_path(b.adapter.layer): int(b.failed_refreshes.numpy()) for b in self.blocks}
+        """Blocks whose damped factors could not be inverted, and how often."""
+        counts = {b.adapter.path: int(b.failed_refreshes.numpy()) for b in self.blocks}
         return {name: count for name, count in counts.items() if count}
 
 

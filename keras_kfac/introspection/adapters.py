@@ -3,7 +3,7 @@
 An adapter presents one layer in the convention of `keras_kfac.math`: inputs and gradients of the
 pre-activations as rows `[..., batch, positions, features]`, kernel and bias gradient as one matrix
 `[..., d_in, d_out]`, the bias in the last row. A new layer is one adapter class and one entry in
-`registry.py`.
+`registry.py`; a layer of several affine maps has one for each.
 """
 
 import abc
@@ -25,19 +25,32 @@ def layer_path(layer: keras.Layer) -> str:
 
 
 class LayerAdapter(abc.ABC):
-    """A layer with a kernel, a bias, or both, and an affine map in between.
+    """A layer, or a part of one, with a kernel, a bias, or both, and an affine map in between.
 
     Attributes:
         layer: The adapted layer, built.
         kernel: Its kernel if that is trained, else `None`.
         bias: Its bias if that is trained, else `None`.
+        part: Which part of the layer it is; empty if it is the whole.
     """
+
+    part = ""
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         self.layer = layer
-        kernel, bias = layer.kernel, layer.bias
-        self.kernel: keras.Variable | None = kernel if trained(kernel) else None
-        self.bias: keras.Variable | None = bias if bias is not None and trained(bias) else None
+        kernel, bias = self.kernel_of(layer), self.bias_of(layer)
+        self.kernel = kernel if kernel is not None and trained(kernel) else None
+        self.bias = bias if bias is not None and trained(bias) else None
+
+    @staticmethod
+    def kernel_of(layer: keras.Layer) -> keras.Variable | None:
+        """The kernel that the adapter is for, trained or not."""
+        return layer.kernel
+
+    @staticmethod
+    def bias_of(layer: keras.Layer) -> keras.Variable | None:
+        """The bias likewise."""
+        return layer.bias
 
     @classmethod
     @abc.abstractmethod
@@ -55,6 +68,11 @@ class LayerAdapter(abc.ABC):
         if layer.quantization_mode is not None:
             return f"the layer is quantized ({layer.quantization_mode})"
         return None
+
+    @property
+    def path(self) -> str:
+        """What the block is called in reports."""
+        return f"{layer_path(self.layer)}/{self.part}".rstrip("/")
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -122,7 +140,7 @@ class LayerAdapter(abc.ABC):
 
     def kernel_tensor(self, matrix: tf.Tensor) -> tf.Tensor:
         """Inverse of `kernel_matrix`."""
-        return tf.reshape(self._ungroup(matrix), self.layer.kernel.shape)
+        return tf.reshape(self._ungroup(matrix), self.kernel_of(self.layer).shape)
 
     def bias_row(self, bias: tf.Tensor) -> tf.Tensor:
         """A tensor shaped as the bias as `[..., 1, kernel_dims[1]]`."""
@@ -130,7 +148,7 @@ class LayerAdapter(abc.ABC):
 
     def bias_tensor(self, row: tf.Tensor) -> tf.Tensor:
         """Inverse of `bias_row`."""
-        return tf.reshape(self._ungroup(row), self.layer.bias.shape)
+        return tf.reshape(self._ungroup(row), self.bias_of(self.layer).shape)
 
     def _group(self, matrix: tf.Tensor) -> tf.Tensor:
         if self.groups is None:

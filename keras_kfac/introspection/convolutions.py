@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 
+import keras
 import tensorflow as tf
 
 from keras_kfac.introspection.adapters import LayerAdapter
@@ -25,24 +26,33 @@ class ConvAdapter(LayerAdapter):
     @property
     def kernel_dims(self) -> tuple[int, int]:
         """Rows and columns of the kernel."""
-        *window, channels = self.layer.kernel.shape
+        *window, channels = self._kernel_shape
         return math.prod(window), channels // (self.groups or 1)
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """Rows that the kernel multiplies."""
-        layer = self.layer
         images = self._channels_last(inputs)
-        rows = patches.extract(
-            images, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate
-        )
-        return self._split(rows, images.shape[-1])
+        return self._split(self._patches(images), images.shape[-1])
 
     def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
         """Rows of pre-activation gradients."""
-        gradients = self._channels_last(gradients)
-        channels = gradients.shape[-1]
-        rows = tf.reshape(gradients, [tf.shape(gradients)[0], -1, channels])
-        return self._split(rows, channels)
+        rows = self._pixels(gradients)
+        return self._split(rows, rows.shape[-1])
+
+    @property
+    def _kernel_shape(self) -> tuple[int, ...]:
+        return tuple(self.kernel_of(self.layer).shape)
+
+    def _patches(self, images: tf.Tensor) -> tf.Tensor:
+        layer = self.layer
+        return patches.extract(
+            images, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate
+        )
+
+    def _pixels(self, images: tf.Tensor) -> tf.Tensor:
+        """`[batch, positions, channels]`."""
+        images = self._channels_last(images)
+        return tf.reshape(images, [tf.shape(images)[0], -1, images.shape[-1]])
 
     def _channels_last(self, images: tf.Tensor) -> tf.Tensor:
         if self.layer.data_format == "channels_first":
@@ -67,11 +77,131 @@ class DepthwiseConvAdapter(ConvAdapter):
     @property
     def groups(self) -> int | None:
         """Input channels, each a block of its own."""
-        channels = self.layer.kernel.shape[-2]
+        channels = self._kernel_shape[-2]
         return channels if channels > 1 else None
 
     @property
     def kernel_dims(self) -> tuple[int, int]:
         """Rows and columns of the kernel of one input channel."""
-        *window, _, multiplier = self.layer.kernel.shape
+        *window, _, multiplier = self._kernel_shape
         return math.prod(window), multiplier
+
+
+class _Part(ConvAdapter):
+    """A part of a layer that is not one convolution."""
+
+    @classmethod
+    def methods(cls) -> Collection[str]:
+        """Names of the layer's methods relied on."""
+        return ("call",)
+
+    @property
+    def groups(self) -> int | None:
+        """One block."""
+        return None
+
+
+class TransposedKernelAdapter(_Part):
+    """The kernel of `keras.layers.Conv1DTranspose`, `Conv2DTranspose` or `Conv3DTranspose`.
+
+    A transposed convolution multiplies each input pixel by the kernel and adds up what falls on the
+    same output pixel. So input pixels are the positions, and the "output" of each is the window
+    that it contributes to: the patches of the output gradient.
+    """
+
+    part = "kernel"
+
+    @staticmethod
+    def bias_of(layer: keras.Layer) -> None:
+        """None: it belongs to output pixels."""
+
+    @property
+    def kernel_dims(self) -> tuple[int, int]:
+        """Rows and columns of the kernel."""
+        *window, channels = self._kernel_shape
+        return channels, math.prod(window)
+
+    def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Rows that the kernel multiplies."""
+        return self._pixels(inputs)
+
+    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+        """Rows of the gradients of what each input pixel contributes."""
+        return self._patches(self._channels_last(gradients))
+
+    def kernel_matrix(self, kernel: tf.Tensor) -> tf.Tensor:
+        """A tensor shaped as the kernel as `kernel_dims`."""
+        return tf.transpose(tf.reshape(kernel, self.kernel_dims[::-1]))
+
+    def kernel_tensor(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Inverse of `kernel_matrix`."""
+        return tf.reshape(tf.transpose(matrix), self._kernel_shape)
+
+
+class ConvBiasAdapter(_Part):
+    """The bias of a convolution whose kernel has a block of its own."""
+
+    part = "bias"
+
+    @staticmethod
+    def kernel_of(layer: keras.Layer) -> None:
+        """None: it has a block of its own."""
+
+    @property
+    def kernel_dims(self) -> tuple[int, int]:
+        """No rows; a column for each channel."""
+        return 0, self.layer.bias.shape[0]
+
+    def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """No rows: see `input_rows` of the base class."""
+        raise NotImplementedError
+
+
+class DepthwisePartAdapter(DepthwiseConvAdapter):
+    """The first kernel of `keras.layers.SeparableConv1D` or `SeparableConv2D`."""
+
+    part = "depthwise_kernel"
+
+    @staticmethod
+    def kernel_of(layer: keras.Layer) -> keras.Variable:
+        """The kernel of each channel."""
+        return layer.depthwise_kernel
+
+    @staticmethod
+    def bias_of(layer: keras.Layer) -> None:
+        """None: it comes after the second kernel."""
+
+    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+        """Rows of gradients, propagated back through the second kernel."""
+        gradients = self._pixels(gradients)
+        width, filters = self.layer.pointwise_kernel.shape[-2:]
+        pointwise = tf.reshape(self.layer.pointwise_kernel, [width, filters])
+        rows = tf.matmul(gradients, tf.cast(pointwise, gradients.dtype), transpose_b=True)
+        return self._split(rows, width)
+
+
+class PointwisePartAdapter(_Part):
+    """The second kernel of `keras.layers.SeparableConv1D` or `SeparableConv2D`, and the bias."""
+
+    part = "pointwise_kernel"
+
+    @staticmethod
+    def kernel_of(layer: keras.Layer) -> keras.Variable:
+        """The kernel that mixes channels."""
+        return layer.pointwise_kernel
+
+    @property
+    def kernel_dims(self) -> tuple[int, int]:
+        """Rows and columns of the kernel."""
+        return self._kernel_shape[-2:]
+
+    def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
+        """What the first kernel makes of the inputs."""
+        first = DepthwisePartAdapter(self.layer, lambda variable: True)
+        rows = first.kernel_rows(inputs)
+        matrix = first.kernel_matrix(tf.cast(self.layer.depthwise_kernel, inputs.dtype))
+        if first.groups is None:
+            return tf.matmul(rows, matrix)
+        # [channels, batch, positions, multiplier], to have the multiplier fastest.
+        rows = tf.transpose(tf.matmul(rows, matrix[:, tf.newaxis]), [1, 2, 0, 3])
+        return tf.reshape(rows, [*tf.unstack(tf.shape(rows)[:2]), self.kernel_dims[0]])

@@ -40,7 +40,7 @@ class LayerStatistics(NamedTuple):
 
 
 class BatchStatistics(NamedTuple):
-    """Factors of all layers that took part, by `id` of the layer, and the number of examples."""
+    """Factors of all layers that took part, by `id` of the adapter, and the number of examples."""
 
     layers: dict[int, LayerStatistics]
     examples: tf.Tensor
@@ -106,7 +106,7 @@ def collect(
     adapters = [a for a in adapters if any(id(a.layer) in p.calls for p in passes)]
     part = SAMPLED_PART if fisher is Fisher.SAMPLED else WHOLE
     scored = [_score(forward_pass, loss, part) for forward_pass in passes]
-    output_factors = {id(a.layer): tf.zeros((), dtype) for a in adapters}
+    output_factors = {id(a): tf.zeros((), dtype) for a in adapters}
     for index, item in enumerate(scored):
         pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
         called = [a for a in adapters if id(a.layer) in item.forward_pass.calls]
@@ -119,7 +119,7 @@ def collect(
         for key, factor in parts.items():
             output_factors[key] += factor
     layers = {
-        id(a.layer): LayerStatistics(_input_factor(a, scored, dtype), output_factors[id(a.layer)])
+        id(a): LayerStatistics(_input_factor(a, scored, dtype), output_factors[id(a)])
         for a in adapters
     }
     return BatchStatistics(layers, tf.add_n([_examples(item, dtype) for item in scored]))
@@ -181,7 +181,7 @@ def _output_factors(
         return scale * factors.output_factor(adapter.output_rows(used))
 
     return {
-        id(a.layer): tf.add_n([factor(a, gradient) for gradient in gradients[id(a.layer)]])
+        id(a): tf.add_n([factor(a, gradient) for gradient in gradients[id(a.layer)]])
         for a in adapters
     }
 
@@ -218,7 +218,7 @@ def _exact(
         column = likelihood.root_column(outputs, index % width)
         column *= root * tf.reshape(position, position_shape)
         parts = _output_factors(item, adapters, outputs, column, dtype)
-        return index + 1, *(total + parts[id(a.layer)] for a, total in zip(adapters, sums))
+        return index + 1, *(total + parts[id(a)] for a, total in zip(adapters, sums))
 
     sums = [tf.zeros(_output_shape(a), dtype) for a in adapters]
     _, *sums = tf.while_loop(
@@ -227,7 +227,7 @@ def _exact(
         (tf.constant(0), *sums),
         parallel_iterations=1,
     )
-    return {id(a.layer): total for a, total in zip(adapters, sums)}
+    return {id(a): total for a, total in zip(adapters, sums)}
 
 
 def _output_shape(adapter: LayerAdapter) -> list[int]:
