@@ -10,7 +10,7 @@ time in which another of its grid was is stopped. Only training steps are timed;
 the first steps take for tracing and compiling is counted apart.
 
 For kfac-jax give a Python that has it: `pip install jax==0.9.0.1 jaxlib==0.9.0.1 kfac-jax==0.0.8`.
-Every curve is written to a JSON file with the environment; `--report` prints the README's table.
+Every curve is written to a JSON file with the environments; `--report` prints the README's table.
 `--optimizer` repeats the runs of some and keeps those of the others.
 """
 
@@ -186,11 +186,15 @@ def main() -> None:
     if not args.report:
         if args.mnist == KERAS_COPY:
             keras.datasets.mnist.load_data()
-        old = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
-        runs = [run for run in old if args.optimizer not in run["optimizer"]]
+        result = {"environments": {}, "runs": []}
+        if RESULTS.exists():
+            result = json.loads(RESULTS.read_text())
+        runs = [run for run in result["runs"] if args.optimizer not in run["optimizer"]]
+        result["runs"] = runs
         for run in all_runs(args):
             runs.append(run)
-            RESULTS.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
+            result["environments"][run["optimizer"]] = environment()
+            RESULTS.write_text(json.dumps(result, indent=1))
             print(
                 {key: run[key] for key in ("optimizer", "setting", "seed")},
                 run["curve"][-1],
