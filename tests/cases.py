@@ -160,13 +160,12 @@ COMPOSED_LAYERS = [
     _transposed(1, "valid", (4, 2)),
     _transposed(1, "same", (4, 2), padding="same", kernel_size=3),
     _transposed(1, "output-padding", (4, 2), kernel_size=3, output_padding=1),
-    _transposed(1, "dilated", (4, 2), kernel_size=3, strides=1, dilation_rate=2),
     _transposed(2, "valid", (3, 2, 2)),
     _transposed(2, "sparse", (3, 2, 2), kernel_size=(2, 1), strides=3),
     _transposed(2, "same-overlapping", (3, 3, 2), padding="same", kernel_size=3),
     _transposed(2, "no-bias", (2, 3, 2), use_bias=False),
     _transposed(3, "valid", (2, 2, 2, 2)),
-    _transposed(3, "same", (2, 1, 2, 2), padding="same", strides=(2, 1, 2)),
+    _transposed(3, "same", (1, 2, 2, 2), padding="same", strides=(2, 1, 2)),
 ]
 
 
@@ -215,7 +214,8 @@ def factors(
         if layer.weights
         for adapter in registry.adapt(layer, lambda v: v.trainable)
     ]
-    with forward_pass.recording([a.layer for a in adapters], persistent=True) as recorded:
+    adapted = {id(a.layer): a.layer for a in adapters}.values()
+    with forward_pass.recording(adapted, persistent=True) as recorded:
         recorded.outputs = model(x, training=True)
     recorded.sample_weight = sample_weight
     recorded.targets, recorded.scored = y, y is not None

@@ -175,7 +175,7 @@ class DepthwisePartAdapter(DepthwiseConvAdapter):
         """Rows of gradients, propagated back through the second kernel."""
         gradients = self._pixels(gradients)
         width, filters = self.layer.pointwise_kernel.shape[-2:]
-        pointwise = tf.reshape(self.layer.pointwise_kernel, [width, filters])
+        pointwise = tf.reshape(self.layer.pointwise_kernel.value, [width, filters])
         rows = tf.matmul(gradients, tf.cast(pointwise, gradients.dtype), transpose_b=True)
         return self._split(rows, width)
 
@@ -199,7 +199,7 @@ class PointwisePartAdapter(_Part):
         """What the first kernel makes of the inputs."""
         first = DepthwisePartAdapter(self.layer, lambda variable: True)
         rows = first.kernel_rows(inputs)
-        matrix = first.kernel_matrix(tf.cast(self.layer.depthwise_kernel, inputs.dtype))
+        matrix = first.kernel_matrix(tf.cast(self.layer.depthwise_kernel.value, inputs.dtype))
         if first.groups is None:
             return tf.matmul(rows, matrix)
         # [channels, batch, positions, multiplier], to have the multiplier fastest.
