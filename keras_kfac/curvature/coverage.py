@@ -82,7 +82,8 @@ def plan_coverage(
         if not own:
             continue
         trained = [v for v in own if is_trained(v)]
-        found, reason = [], "no trained weights"
+        found: list[LayerAdapter] = []
+        reason = "no trained weights"
         if trained:
             found, reason = _adapters(layer, is_trained, called, unreachable or {})
             adapters += found

@@ -9,6 +9,7 @@ pre-activations as rows `[..., batch, positions, features]`, kernel and bias gra
 import abc
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -43,12 +44,12 @@ class LayerAdapter(abc.ABC):
         self.bias = bias if bias is not None and trained(bias) else None
 
     @staticmethod
-    def kernel_of(layer: keras.Layer) -> keras.Variable | None:
-        """The kernel that the adapter is for, trained or not."""
+    def kernel_of(layer: keras.Layer) -> Any:
+        """The kernel that the adapter is for, trained or not; `None` if there is none."""
         return layer.kernel
 
     @staticmethod
-    def bias_of(layer: keras.Layer) -> keras.Variable | None:
+    def bias_of(layer: keras.Layer) -> Any:
         """The bias likewise."""
         return layer.bias
 

@@ -193,7 +193,8 @@ class PointwisePartAdapter(_Part):
     @property
     def kernel_dims(self) -> tuple[int, int]:
         """Rows and columns of the kernel."""
-        return self._kernel_shape[-2:]
+        rows, columns = self._kernel_shape[-2:]
+        return rows, columns
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """What the first kernel makes of the inputs."""
