@@ -303,15 +303,15 @@ class TestRefused:
         assert reason == "Scaled overrides `Conv1D.call`"
 
 
-def transformer(cls=keras.Model):
+def transformer(dropout=0.1):
     keras.utils.set_random_seed(0)
     tokens = keras.Input((6,), dtype="int32")
     x = layers.Embedding(7, 8)(tokens)
     h = layers.LayerNormalization()(x)
-    x += layers.MultiHeadAttention(2, 4, dropout=0.1)(h, h, use_causal_mask=True)
+    x += layers.MultiHeadAttention(2, 4, dropout=dropout)(h, h, use_causal_mask=True)
     h = layers.LayerNormalization()(x)
     x += layers.Dense(8)(layers.Dense(16, "gelu")(h))
-    return cls(tokens, layers.Dense(7)(x))
+    return keras.Model(tokens, layers.Dense(7)(x))
 
 
 def sequences(examples):
@@ -335,12 +335,13 @@ class TestTransformer:
         model = helpers.compiled(transformer(), KFAC(), jit_compile=jit_compile)
         history = helpers.fit(model, sequences(128), epochs=4).history["loss"]
         # The next token is one of two.
-        assert history[-1] < 1.0 < np.log(7) < 1.2 * history[0]
+        assert history[-1] < 1.0 < history[0]
 
     def test_resumes_from_a_file(self, tmp_path):
         data, more = sequences(32), sequences(64)
         more = tuple(part[32:] for part in more)
-        model = helpers.compiled(transformer(), KFAC())
+        # Keras does not save the state of the attention's dropout.
+        model = helpers.compiled(transformer(dropout=0.0), KFAC())
         helpers.fit(model, data)
         model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")
