@@ -159,6 +159,12 @@ class TestAnyLayer:
             products = tf.einsum("...bpi,...bpo->...io", inputs, outputs)
             assert_close(products, adapter.to_matrix(gradients), 1e-12)
 
+    def test_is_known_before_it_is_built(self, case):
+        """Models that build their layers in the first step are recorded in that step."""
+        classes, reason = registry.find_adapters(case.make())
+        assert reason == ""
+        assert classes == registry.find_adapters(built(case)[1])[0]
+
     def test_matrices_go_back_to_tensors(self, case):
         _, layer = built(case)
         for adapter in registry.adapt(layer, lambda v: True):

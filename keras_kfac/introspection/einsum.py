@@ -38,8 +38,8 @@ class Axes(NamedTuple):
         return self.inputs[0]
 
 
-def parse(equation: str, rank: int) -> Axes:
-    """The axes of an equation for inputs of a rank.
+def parse(equation: str, rank: int | None = None) -> Axes:
+    """The axes of an equation for inputs of a rank; if that is not known, `...` is one axis.
 
     Example:
     >>> axes = parse("...x,xhd->...hd", rank=3)
@@ -51,7 +51,8 @@ def parse(equation: str, rank: int) -> Axes:
     inputs, kernel = operands.split(",")
     if "..." in inputs:
         unused = [letter for letter in string.ascii_letters if letter not in equation]
-        between = "".join(unused[: rank - len(inputs.replace("...", ""))])
+        count = 1 if rank is None else rank - len(inputs.replace("...", ""))
+        between = "".join(unused[:count])
         inputs, outputs = (part.replace("...", between) for part in (inputs, outputs))
     groups = "".join(c for c in kernel if c in inputs and c in outputs)
     features = "".join(c for c in kernel if c in inputs and c not in outputs)
@@ -69,7 +70,7 @@ class EinsumDenseAdapter(LayerAdapter):
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         super().__init__(layer, trained)
-        self._axes = _axes(layer)
+        self._axes = parse(layer.equation, layer.input_spec.ndim)
         self._sizes = dict(zip(self._axes.kernel, layer.kernel.shape))
 
     @classmethod
@@ -80,7 +81,7 @@ class EinsumDenseAdapter(LayerAdapter):
     @classmethod
     def unsupported_reason(cls, layer: keras.Layer, base: type[keras.Layer]) -> str | None:
         """Why `layer` can't be adapted; `None` if it can."""
-        axes = _axes(layer)
+        axes = parse(layer.equation)  # The layer may not be built yet.
         if axes.batch in axes.kernel or axes.outputs[0] != axes.batch:
             return f"the first axis in {layer.equation!r} is no batch of independent examples"
         bias = set(layer.bias_axes or "")
@@ -157,7 +158,3 @@ class EinsumDenseAdapter(LayerAdapter):
         places = ordered.shape[len(a.groups) + 1 : len(a.groups) + 1 + len(a.positions)]
         positions = places.num_elements() if places.is_fully_defined() else -1
         return tf.reshape(ordered, [*self._leading, batch, positions, self._size(last)])
-
-
-def _axes(layer: keras.Layer) -> Axes:
-    return parse(layer.equation, layer.input_spec.ndim)
