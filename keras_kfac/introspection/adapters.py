@@ -32,26 +32,22 @@ class LayerAdapter(abc.ABC):
         layer: The adapted layer, built.
         kernel: Its kernel if that is trained, else `None`.
         bias: Its bias if that is trained, else `None`.
+        kernel_name: What the layer calls it; `None` if the adapter is for a bias only.
+        bias_name: Likewise.
         part: Which part of the layer it is; empty if it is the whole.
     """
 
+    kernel_name: str | None = "kernel"
+    bias_name: str | None = "bias"
     part = ""
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         self.layer = layer
-        kernel, bias = self.kernel_of(layer), self.bias_of(layer)
-        self.kernel = kernel if kernel is not None and trained(kernel) else None
-        self.bias = bias if bias is not None and trained(bias) else None
-
-    @staticmethod
-    def kernel_of(layer: keras.Layer) -> Any:
-        """The kernel that the adapter is for, trained or not; `None` if there is none."""
-        return layer.kernel
-
-    @staticmethod
-    def bias_of(layer: keras.Layer) -> Any:
-        """The bias likewise."""
-        return layer.bias
+        # Trained or not.
+        self._kernel: Any = getattr(layer, self.kernel_name) if self.kernel_name else None
+        self._bias: Any = getattr(layer, self.bias_name) if self.bias_name else None
+        self.kernel = self._kernel if self._kernel is not None and trained(self._kernel) else None
+        self.bias = self._bias if self._bias is not None and trained(self._bias) else None
 
     @classmethod
     @abc.abstractmethod
@@ -141,7 +137,7 @@ class LayerAdapter(abc.ABC):
 
     def kernel_tensor(self, matrix: tf.Tensor) -> tf.Tensor:
         """Inverse of `kernel_matrix`."""
-        return tf.reshape(self._ungroup(matrix), self.kernel_of(self.layer).shape)
+        return tf.reshape(self._ungroup(matrix), self._kernel.shape)
 
     def bias_row(self, bias: tf.Tensor) -> tf.Tensor:
         """A tensor shaped as the bias as `[..., 1, kernel_dims[1]]`."""
@@ -149,7 +145,7 @@ class LayerAdapter(abc.ABC):
 
     def bias_tensor(self, row: tf.Tensor) -> tf.Tensor:
         """Inverse of `bias_row`."""
-        return tf.reshape(self._ungroup(row), self.bias_of(self.layer).shape)
+        return tf.reshape(self._ungroup(row), self._bias.shape)
 
     def _group(self, matrix: tf.Tensor) -> tf.Tensor:
         if self.groups is None:

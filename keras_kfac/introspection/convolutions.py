@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection
 
-import keras
 import tensorflow as tf
 
 from keras_kfac.introspection.adapters import LayerAdapter
@@ -26,7 +25,7 @@ class ConvAdapter(LayerAdapter):
     @property
     def kernel_dims(self) -> tuple[int, int]:
         """Rows and columns of the kernel."""
-        *window, channels = self._kernel_shape
+        *window, channels = self._kernel.shape
         return math.prod(window), channels // (self.groups or 1)
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -38,10 +37,6 @@ class ConvAdapter(LayerAdapter):
         """Rows of pre-activation gradients."""
         rows = self._pixels(gradients)
         return self._split(rows, rows.shape[-1])
-
-    @property
-    def _kernel_shape(self) -> tuple[int, ...]:
-        return tuple(self.kernel_of(self.layer).shape)
 
     def _patches(self, images: tf.Tensor) -> tf.Tensor:
         layer = self.layer
@@ -77,13 +72,13 @@ class DepthwiseConvAdapter(ConvAdapter):
     @property
     def groups(self) -> int | None:
         """Input channels, each a block of its own."""
-        channels = self._kernel_shape[-2]
+        channels = self._kernel.shape[-2]
         return channels if channels > 1 else None
 
     @property
     def kernel_dims(self) -> tuple[int, int]:
         """Rows and columns of the kernel of one input channel."""
-        *window, _, multiplier = self._kernel_shape
+        *window, _, multiplier = self._kernel.shape
         return math.prod(window), multiplier
 
 
@@ -109,16 +104,12 @@ class TransposedKernelAdapter(_Part):
     that it contributes to: the patches of the output gradient.
     """
 
-    part = "kernel"
-
-    @staticmethod
-    def bias_of(layer: keras.Layer) -> None:
-        """None: it belongs to output pixels."""
+    bias_name, part = None, "kernel"  # The bias belongs to output pixels.
 
     @property
     def kernel_dims(self) -> tuple[int, int]:
         """Rows and columns of the kernel."""
-        *window, channels = self._kernel_shape
+        *window, channels = self._kernel.shape
         return channels, math.prod(window)
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -135,17 +126,13 @@ class TransposedKernelAdapter(_Part):
 
     def kernel_tensor(self, matrix: tf.Tensor) -> tf.Tensor:
         """Inverse of `kernel_matrix`."""
-        return tf.reshape(tf.transpose(matrix), self._kernel_shape)
+        return tf.reshape(tf.transpose(matrix), self._kernel.shape)
 
 
 class ConvBiasAdapter(_Part):
     """The bias of a convolution whose kernel has a block of its own."""
 
-    part = "bias"
-
-    @staticmethod
-    def kernel_of(layer: keras.Layer) -> None:
-        """None: it has a block of its own."""
+    kernel_name, part = None, "bias"
 
     @property
     def kernel_dims(self) -> tuple[int, int]:
@@ -160,16 +147,8 @@ class ConvBiasAdapter(_Part):
 class DepthwisePartAdapter(DepthwiseConvAdapter):
     """The first kernel of `keras.layers.SeparableConv1D` or `SeparableConv2D`."""
 
+    kernel_name, bias_name = "depthwise_kernel", None
     part = "depthwise_kernel"
-
-    @staticmethod
-    def kernel_of(layer: keras.Layer) -> keras.Variable:
-        """The kernel of each channel."""
-        return layer.depthwise_kernel
-
-    @staticmethod
-    def bias_of(layer: keras.Layer) -> None:
-        """None: it comes after the second kernel."""
 
     def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
         """Rows of gradients, propagated back through the second kernel."""
@@ -183,17 +162,12 @@ class DepthwisePartAdapter(DepthwiseConvAdapter):
 class PointwisePartAdapter(_Part):
     """The second kernel of `keras.layers.SeparableConv1D` or `SeparableConv2D`, and the bias."""
 
-    part = "pointwise_kernel"
-
-    @staticmethod
-    def kernel_of(layer: keras.Layer) -> keras.Variable:
-        """The kernel that mixes channels."""
-        return layer.pointwise_kernel
+    kernel_name = part = "pointwise_kernel"
 
     @property
     def kernel_dims(self) -> tuple[int, int]:
         """Rows and columns of the kernel."""
-        rows, columns = self._kernel_shape[-2:]
+        rows, columns = self._kernel.shape[-2:]
         return rows, columns
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
