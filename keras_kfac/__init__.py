@@ -5,18 +5,25 @@ from keras_kfac.batches import growing_batches
 from keras_kfac.callbacks import KFACCallback
 from keras_kfac.curvature.coverage import Coverage, CoverageRow
 from keras_kfac.damping import LevenbergMarquardt
+from keras_kfac.introspection.adapters import AffineAdapter
+from keras_kfac.introspection.per_example import PerExampleAdapter, RawWeightsAdapter
+from keras_kfac.introspection.registry import register
 from keras_kfac.optimizer import KFAC
 from keras_kfac.plateau import DampingOnPlateau
 from keras_kfac.staleness import StalenessSchedule
 
 __all__ = [
     "KFAC",
+    "AffineAdapter",
     "Coverage",
     "CoverageRow",
     "DampingOnPlateau",
     "KFACCallback",
     "LevenbergMarquardt",
+    "PerExampleAdapter",
+    "RawWeightsAdapter",
     "StalenessSchedule",
     "__version__",
     "growing_batches",
+    "register",
 ]

@@ -10,6 +10,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.introspection.forward_pass import instance_attribute
+from keras_kfac.math.linalg import scaled_rows
 from keras_kfac.problem_report import ProblemReport
 from keras_kfac.settings import ADAPTIVE
 from keras_kfac.step import Batch, all_finite
@@ -195,10 +196,10 @@ class KFAC(SteppingOptimizer):
     def _unscaled(
         self, grads: Sequence[Any], variables: Sequence[keras.Variable]
     ) -> dict[int, tf.Tensor]:
-        scale = self.loss_scale_factor or 1.0
+        scale = 1 / (self.loss_scale_factor or 1.0)
         covered = {self._get_variable_index(v): g for g, v in zip(grads, variables)}
         return {
-            id(variable): tf.convert_to_tensor(covered[index]) / scale
+            id(variable): scaled_rows(covered[index], tf.constant(scale, variable.dtype))
             for index, variable in self._known.covered.items()
             if covered.get(index) is not None
         }
@@ -210,7 +211,7 @@ class KFAC(SteppingOptimizer):
         for gradient, variable in zip(grads, trainable_variables):
             index = self._get_variable_index(variable)
             if index in self._known.covered:
-                gradients[id(self._known.covered[index])] = tf.convert_to_tensor(gradient)
+                gradients[id(self._known.covered[index])] = gradient
             else:
                 others.append((gradient, variable))
         steps, accepted = self._covered_steps(self._batch, gradients, learning_rate)

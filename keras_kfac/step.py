@@ -14,17 +14,18 @@ from keras_kfac.introspection import gauss_newton
 from keras_kfac.introspection.batch_part import BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
-from keras_kfac.math.linalg import is_finite
+from keras_kfac.math.linalg import inner_product, is_finite
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import kl_clip_scale
 from keras_kfac.step_rule import solve
 
 Tensors = Mapping[int, tf.Tensor]
-"""Tensors by `id` of the variable."""
+"""Tensors by `id` of the variable. Gradients can be `tf.IndexedSlices`."""
 
-# The model takes its curvature on this part of the batch, if that is enough examples: its noise is
-# small beside that of the gradient, and forward-mode products cost as much as forward passes.
-MODEL_PART = BatchPart(1 / 16, 32)
+# The model takes its curvature on this part of the batch, if that is enough: its noise is small
+# beside that of the gradient, and forward-mode products cost as much as forward passes. Rows of a
+# sequence count, for each is a term of the loss, but those of one example resemble each other.
+MODEL_PART = BatchPart(1 / 16, min_rows=32, min_examples=8)
 
 # Layers form at most so many groups, each with a learning rate of its own relative to the others.
 # Each costs a forward-mode product. Found by trial: see docs/step-control.md.
@@ -84,7 +85,7 @@ def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
 
 
 def _dot(gradients: Tensors, direction: Tensors) -> tf.Tensor:
-    terms = [tf.reduce_sum(tf.cast(gradients[k], d.dtype) * d) for k, d in direction.items()]
+    terms = [inner_product(gradients[key], d) for key, d in direction.items()]
     return tf.add_n([tf.zeros((), _SUM), *(tf.cast(term, _SUM) for term in terms)])
 
 

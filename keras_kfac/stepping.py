@@ -78,7 +78,7 @@ class SteppingOptimizer(AttachableOptimizer):
         previous = {
             id(variable): tf.convert_to_tensor(self.model_variables[f"velocity.{index}"])
             if self._has_momentum
-            else tf.zeros_like(gradients[id(variable)])
+            else tf.zeros(variable.shape, variable.dtype)
             for index, variable in covered
         }
         return Step(

@@ -1,6 +1,7 @@
 """Test cases as data: models, losses and batches in float64."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 import keras
@@ -82,8 +83,9 @@ class LayerCase:
 
     def make(self, **config):
         """A new layer in float64, without activation, with a bias that is not zero."""
-        config = {"dtype": "float64", "bias_initializer": "random_normal"} | self.config | config
-        return self.layer_class(**config)
+        parameters = inspect.signature(self.layer_class.__init__).parameters
+        bias = {"bias_initializer": "random_normal"} if "bias_initializer" in parameters else {}
+        return self.layer_class(**{"dtype": "float64"} | bias | self.config | config)
 
 
 def _conv(rank, name, shape, **config):
@@ -150,6 +152,23 @@ LAYERS = [
     _einsum("positions-last", "abc,bd->adc", (4, 3), None, (2, 3)),
     _einsum("summed", "abc,cd->ad", 4, "d", (2, 3)),
 ]
+# Layers whose weights scale and shift. Blocks of gradients example by example are exact.
+SCALES = [
+    LayerCase("batch", layers.BatchNormalization, {}, (4,)),
+    LayerCase("batch-pixels", layers.BatchNormalization, {}, (2, 3, 2)),
+    LayerCase("batch-axis", layers.BatchNormalization, {"axis": 1}, (3, 2)),
+    LayerCase("batch-scale", layers.BatchNormalization, {"center": False}, (3,)),
+    LayerCase("batch-offset", layers.BatchNormalization, {"scale": False}, (3,)),
+    LayerCase("batch-renorm", layers.BatchNormalization, {"renorm": True}, (3,)),
+    LayerCase("layer", layers.LayerNormalization, {}, (5,)),
+    LayerCase("layer-positions", layers.LayerNormalization, {}, (3, 4)),
+    LayerCase("layer-axes", layers.LayerNormalization, {"axis": (-1, 1)}, (2, 3, 2)),
+    LayerCase("group", layers.GroupNormalization, {"groups": 2}, (3, 4)),
+    LayerCase("instance", layers.GroupNormalization, {"groups": -1}, (2, 3, 3)),
+    LayerCase("rms", layers.RMSNormalization, {}, (3, 4)),
+    LayerCase("prelu", layers.PReLU, {}, (2, 3)),
+    LayerCase("prelu-shared", layers.PReLU, {"shared_axes": [1, 2]}, (2, 2, 3)),
+]
 # Layers of several affine maps, whose blocks are exact in fewer cases: see `test_layers.py`.
 COMPOSED_LAYERS = [
     _separable(1, "valid", (6, 2)),
@@ -204,18 +223,27 @@ def without_head_activation(model):
 
 
 def factors(
-    model, loss, x, y=None, fisher="exact", sample_weight=None, seed=(0, 0), loss_weight=1.0
+    model,
+    loss,
+    x,
+    y=None,
+    fisher="exact",
+    sample_weight=None,
+    seed=(0, 0),
+    loss_weight=1.0,
+    layers=None,
 ):
     """Factors of all adapted layers on one batch, as the optimizer computes them."""
     resolved = resolve_loss(loss, loss_weight, empirical=fisher == "empirical")
     adapters = [
         adapter
-        for layer in model.layers
+        for layer in layers or model.layers
         if layer.weights
         for adapter in registry.adapt(layer, lambda v: v.trainable)
     ]
     adapted = {id(a.layer): a.layer for a in adapters}.values()
-    with forward_pass.recording(adapted, persistent=True) as recorded:
+    whole = {id(a.layer) for a in adapters if a.with_activation}
+    with forward_pass.recording(adapted, persistent=True, with_activation=whole) as recorded:
         recorded.outputs = model(x, training=True)
     recorded.sample_weight = sample_weight
     recorded.targets, recorded.scored = y, y is not None

@@ -46,9 +46,20 @@ def mlp(*between: keras.Layer, cls: type[keras.Sequential] = keras.Sequential) -
     return cls([keras.Input((FEATURES,)), hidden, *between, logits], name="mlp")
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Unknown(keras.layers.Layer):
+    """A layer that no adapter knows: its weights go to the fallback optimizer."""
+
+    def build(self, input_shape: tuple) -> None:
+        self.scale = self.add_weight(shape=input_shape[1:], initializer="ones")
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return inputs * self.scale
+
+
 def mlp_with_batch_normalization() -> keras.Model:
-    """A model with weights that go to the fallback optimizer."""
-    return mlp(keras.layers.BatchNormalization(name="norm"))
+    """A model of all kinds of blocks, and with weights that go to the fallback optimizer."""
+    return mlp(keras.layers.BatchNormalization(name="norm"), Unknown(name="unknown"))
 
 
 def unbuilt_mlp() -> keras.Model:

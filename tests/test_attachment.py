@@ -169,10 +169,10 @@ def test_model_loaded_from_disk_trains(tmp_path: Path) -> None:
 
 
 def test_model_without_supported_layer_is_refused_with_the_table() -> None:
-    model = keras.Sequential([keras.Input((helpers.FEATURES,)), keras.layers.BatchNormalization()])
+    model = keras.Sequential([keras.Input((helpers.FEATURES,)), helpers.Unknown()])
     helpers.compiled(model, loss="mse")
     x, _ = helpers.vectors()
-    with pytest.raises(ValueError, match=r"(?s)covers no layer.*fallback.*BatchNormalization"):
+    with pytest.raises(ValueError, match=r"(?s)covers no layer.*fallback.*Unknown"):
         helpers.fit(model, (x, x))
 
 
@@ -313,13 +313,13 @@ def test_coverage_is_a_table_before_and_after_the_first_step() -> None:
     helpers.fit(model, helpers.vectors())
     after = model.optimizer.coverage()
     assert list(before) == list(after)
-    expected = {"hidden": "kronecker", "norm": "fallback", "logits": "frozen"}
+    expected = {"hidden": "kronecker", "norm": "full", "unknown": "fallback", "logits": "frozen"}
     assert helpers.blocks(model.optimizer) == expected
-    assert [row.weights for row in after] == [24, 8, 0]
-    assert after.fraction == 24 / 32
+    assert [row.weights for row in after] == [24, 8, 4, 0]
+    assert after.fraction == 32 / 36
     lines = str(after).splitlines()
     assert lines[0].split() == ["layer", "type", "weights", "block", "reason"]
-    assert len(lines) == 5 and lines[-1].startswith("75.0 %")
+    assert len(lines) == 6 and lines[-1].startswith("88.9 %")
 
 
 def test_coverage_of_an_unbuilt_model_is_refused() -> None:

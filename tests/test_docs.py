@@ -29,6 +29,20 @@ def test_quickstart_runs_as_printed():
     assert "have a curvature block" in result.stdout
 
 
+def test_layers_page_runs_as_printed():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "layers.md").read_text(), re.S)
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"Gate +3 +full", result.stdout)
+    assert re.search(r"Centred +32 +kronecker", result.stdout)
+    assert "fallback" not in result.stdout
+
+
 @pytest.mark.parametrize("name", [name for name in keras_kfac.__all__ if name[0] != "_"])
 def test_public_names_are_documented(name):
     thing = getattr(keras_kfac, name)

@@ -389,14 +389,28 @@ def test_sampled_factors_of_a_part_stand_for_the_whole_batch(reduction, weighted
     model, loss = mlp((4, 5, 3)), keras.losses.MeanSquaredError(reduction, dtype="float64")
     x, weights = np.tile(rng.normal(size=(3, 4)), (4, 1)), np.tile(rng.uniform(1, 2, 3), 4)
     results = []
-    for part in (BatchPart(0.25), BatchPart(0.25, min_examples=6), WHOLE):
+    for part in (
+        BatchPart(0.25),
+        BatchPart(0.25, min_rows=6),
+        BatchPart(0.25, min_examples=6),
+        WHOLE,
+    ):
         monkeypatch.setattr(statistics, "SAMPLED_PART", part)
         sample_weight = weights if weighted else None
         results.append(factors(model, loss, x, fisher="sampled", sample_weight=sample_weight))
     for layer in zip(*results):
-        for part in layer[:2]:
-            assert_close(part.input_factor, layer[2].input_factor)
-            assert_close(part.output_factor, layer[2].output_factor)
+        for part in layer[:3]:
+            assert_close(part.input_factor, layer[3].input_factor)
+            assert_close(part.output_factor, layer[3].output_factor)
     monkeypatch.setattr(statistics, "SAMPLED_PART", BatchPart(0.25))
     other = factors(model, loss, np.r_[2 * x[:3], x[3:]], fisher="sampled")
-    assert relative_difference(other[0].input_factor, results[2][0].input_factor) > 0.1
+    assert relative_difference(other[0].input_factor, results[3][0].input_factor) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((32, 64), 8), ((32, 2), 16), ((32,), 32), ((128, 64), 32), ((6, 64), 6)],
+)
+def test_rows_of_a_part_are_examples_times_positions(shape, expected):
+    part = BatchPart(0.25, min_rows=32, min_examples=8)
+    assert int(part.examples(tf.constant(shape))) == expected

@@ -7,12 +7,15 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_kfac import KFAC, _keras_internals
-from keras_kfac.introspection import forward_pass, registry
+from keras_kfac import KFAC, RawWeightsAdapter, _keras_internals, register
+from keras_kfac.introspection import adapters, forward_pass, per_example, registry
+from keras_kfac.introspection.adapters import DenseAdapter
 from keras_kfac.introspection.convolutions import TransposedKernelAdapter
 from keras_kfac.math import factors as kronecker_factors
+from keras_kfac.math import linalg
+from keras_kfac.math.inverses import ExactInverse, FactoredInverse, relative_change
 from tests import helpers
-from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, LayerCase, factors
+from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, SCALES, LayerCase, factors
 from tests.reference import assert_close, dense_ggn, kron, relative_difference
 
 layers = keras.layers
@@ -187,6 +190,339 @@ class TestAnyLayer:
             assert np.isfinite(new).all() and np.abs(new - old).max() > 0
 
 
+def scaled_network(case):
+    """A layer of few weights in the midst of a network that is not linear."""
+    keras.utils.set_random_seed(0)
+    layer = case.make()
+    model = keras.Sequential(
+        [
+            keras.Input(case.input_shape, dtype="float64"),
+            layers.Dense(case.input_shape[-1], "tanh", dtype="float64"),
+            layer,
+            layers.Dense(3, "tanh", dtype="float64"),
+            layers.Dense(2, dtype="float64"),
+        ]
+    )
+    for variable in layer.trainable_weights:  # Neither 0 nor 1.
+        variable.assign(RNG.uniform(0.5, 1.5, variable.shape))
+    return model, layer
+
+
+@pytest.mark.parametrize("is_full", [True, False], ids=["full", "diagonal"])
+@pytest.mark.parametrize("case", SCALES, ids=str)
+class TestScalesAndOffsets:
+    """Identity 11 holds for gradients of single examples, whatever comes after the layer."""
+
+    @pytest.mark.parametrize("frozen", [None, 0, 1])
+    def test_equal_the_ggn(self, case, is_full, frozen, monkeypatch):
+        monkeypatch.setattr(per_example, "MAX_FULL_BLOCK", 256 if is_full else 0)
+        model, layer = scaled_network(case)
+        if frozen is not None:
+            if len(layer.trainable_weights) < 2:
+                pytest.skip("the layer has one weight")
+            freeze(layer.trainable_weights[frozen])
+        adapter = adapt(layer, lambda v: v.trainable)
+        assert adapter.block == ("full" if is_full else "diagonal")
+        x = RNG.normal(size=(4, *case.input_shape))
+        y = RNG.normal(size=model(x).shape)
+        loss = LOSS["mse"].make()
+        before = model.get_weights()
+        statistics = factors(model, loss, x)[1]
+        model.set_weights(before)  # Renormalisation depends on moving statistics.
+        dense = dense_ggn(model, loss, x, y, adapter.variables, pfor=False)
+        np.testing.assert_array_equal(
+            statistics.input_factor, np.ones_like(statistics.input_factor)
+        )
+        if is_full:
+            assert_close(statistics.output_factor, dense)
+        else:
+            assert_close(np.ravel(statistics.output_factor), np.diag(dense))
+
+    def test_matrices_go_back_to_tensors(self, case, is_full, monkeypatch):
+        monkeypatch.setattr(per_example, "MAX_FULL_BLOCK", 256 if is_full else 0)
+        adapter = adapt(scaled_network(case)[1], lambda v: v.trainable)
+        values = {id(v): tf.constant(RNG.normal(size=v.shape)) for v in adapter.variables}
+        matrix = adapter.to_matrix(values)
+        assert tuple(matrix.shape[-2:]) == adapter.dims
+        back = adapter.from_matrix(matrix)
+        assert back.keys() == values.keys()
+        for key, value in values.items():
+            np.testing.assert_array_equal(back[key], value)
+
+    def test_trains(self, case, is_full, monkeypatch):
+        monkeypatch.setattr(per_example, "MAX_FULL_BLOCK", 256 if is_full else 0)
+        model, layer = scaled_network(case)
+        x = RNG.normal(size=(8, *case.input_shape))
+        y = RNG.normal(size=model(x).shape)
+        before = [v.numpy() for v in layer.trainable_weights]
+        model = helpers.compiled(model, KFAC(), keras.losses.MeanSquaredError(), run_eagerly=True)
+        helpers.fit(model, (x, y), epochs=3)
+        (row,) = [r for r in model.optimizer.coverage() if r.layer == layer.path]
+        assert row.block == ("full" if is_full else "diagonal")
+        for old, new in zip(before, layer.trainable_weights):
+            assert np.isfinite(new).all() and np.abs(new - old).max() > 0
+
+
+def test_normalization_over_the_batch_is_refused():
+    adapters, reason = registry.find_adapters(layers.BatchNormalization(axis=0))
+    assert not adapters
+    assert reason == "it has a weight for each example of the batch"
+
+
+def test_observing_a_normalization_leaves_its_statistics_alone():
+    model, layer = scaled_network(next(c for c in SCALES if c.name == "batch"))
+    x = RNG.normal(size=(4, *model.input_shape[1:]))
+    once = layer.moving_mean.numpy() * 0.99
+    factors(model, LOSS["mse"].make(), x)
+    inner = model.layers[0](x)
+    mean = np.mean(inner, axis=tuple(range(inner.ndim - 1)))
+    np.testing.assert_allclose(layer.moving_mean, once + 0.01 * mean, rtol=1e-12)
+
+
+class Rotation(keras.Layer):
+    """A layer of a user: weights that are used twice, and not by products alone."""
+
+    def build(self, input_shape):
+        self.angle = self.add_weight(shape=input_shape[1:], initializer="random_normal")
+        self.shift = self.add_weight(shape=(2,), initializer="random_normal")
+        self.activation = keras.activations.get("tanh")
+
+    def call(self, inputs):
+        turned = keras.ops.sin(self.angle * inputs) + keras.ops.cos(self.angle) * self.shift[0]
+        return self.activation(turned + self.shift[1])
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))
+    register(Rotation, RawWeightsAdapter)
+
+
+def raw_weights_model(name):
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((3, 4), dtype="float64")
+    if name == "rotation":
+        layer = Rotation(dtype="float64")
+        h = layer(x)
+    else:
+        attention = {"dot": layers.Attention, "additive": layers.AdditiveAttention}[name]
+        config = {"score_mode": "concat"} if name == "dot" else {}
+        layer = attention(use_scale=True, dtype="float64", **config)
+        h = layer([layers.Dense(4, dtype="float64")(x), x])
+    y = layers.Dense(2, "tanh", dtype="float64")(h)
+    model = keras.Model(inputs, layers.Dense(2, dtype="float64")(y))
+    for variable in layer.weights:
+        variable.assign(RNG.uniform(0.5, 1.5, variable.shape))
+    return model, layer
+
+
+@pytest.mark.usefixtures("registered")
+class TestRawWeights:
+    @pytest.mark.parametrize("name", ["rotation", "dot", "additive"])
+    def test_equal_the_ggn(self, name):
+        model, layer = raw_weights_model(name)
+        x, loss = RNG.normal(size=(4, 3, 4)), LOSS["mse"].make()
+        y = RNG.normal(size=model(x).shape)
+        index = [i for i in model.layers if i.weights].index(layer)
+        a, g = factors(model, loss, x)[index]
+        assert_close(kron(a, g), dense_ggn(model, loss, x, y, layer.weights, pfor=False))
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    def test_trains(self, jit_compile):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), Rotation(), layers.Dense(1)])
+        model = helpers.compiled(
+            model, KFAC(), keras.losses.MeanSquaredError(), jit_compile=jit_compile
+        )
+        x = RNG.normal(size=(64, 4))
+        before = model.layers[0].angle.numpy()
+        history = helpers.fit(model, (x, np.sin(2 * x[:, :1])), epochs=20).history["loss"]
+        assert history[-1] < 0.5 * history[0]
+        assert np.abs(model.layers[0].angle - before).min() > 0
+        assert [row.block for row in model.optimizer.coverage()] == ["full", "kronecker"]
+
+    def test_adapter_of_the_nearest_class_counts(self):
+        class Scaled(layers.Dense):
+            def call(self, inputs):
+                return 2 * super().call(inputs)
+
+        class Further(Scaled):
+            pass
+
+        assert registry.find_adapters(Scaled(2))[0] == ()
+        register(Scaled, RawWeightsAdapter)
+        assert registry.find_adapters(Further(2))[0] == (RawWeightsAdapter,)
+        assert registry.find_adapters(layers.Dense(2))[0] == (DenseAdapter,)
+
+    @pytest.mark.parametrize(
+        ("layer_class", "adapters", "message"),
+        [
+            (Rotation(), (RawWeightsAdapter,), "`layer_class` must be a subclass of keras.Layer"),
+            (KFAC, (RawWeightsAdapter,), "`layer_class` must be a subclass of keras.Layer"),
+            (Rotation, (), r"`adapters` must be one or more .* Received: adapters=\(\)"),
+            (Rotation, (Rotation,), "`adapters` must be one or more"),
+        ],
+    )
+    def test_registering_something_else(self, layer_class, adapters, message):
+        with pytest.raises(TypeError, match=message):
+            register(layer_class, *adapters)
+
+
+@pytest.mark.parametrize("bias_axes", ["e", "be", "b"])
+def test_bias_of_an_einsum_along_other_axes(bias_axes):
+    """It is the sum of many gradients: exact for each example, where the kernel is not."""
+    keras.utils.set_random_seed(0)
+    layer = layers.EinsumDense(
+        "abc,cde->abde", (3, 2, 5), bias_axes=bias_axes, activation="tanh", dtype="float64"
+    )
+    model = keras.Sequential(
+        [
+            keras.Input((3, 4), dtype="float64"),
+            layer,
+            layers.Flatten(),
+            layers.Dense(2, dtype="float64"),
+        ]
+    )
+    kernel, bias = registry.adapt(layer, lambda v: True)
+    assert kernel.variables == [layer.kernel] and bias.variables == [layer.bias]
+    assert bias.path == f"{layer.path}/bias"
+    x, loss = RNG.normal(size=(4, 3, 4)), LOSS["mse"].make()
+    y = RNG.normal(size=model(x).shape)
+    _, (a, g), _ = factors(model, loss, x)
+    assert_close(kron(a, g), dense_ggn(model, loss, x, y, [layer.bias], pfor=False))
+
+
+EMBEDDINGS = {
+    "one": lambda: [layers.Embedding(4, 3, dtype="float64")],
+    "then-dense": lambda: [
+        layers.Embedding(4, 3, dtype="float64"),
+        layers.Dense(2, dtype="float64"),
+    ],
+    "vocabulary-not-seen": lambda: [layers.Embedding(9, 2, dtype="float64")],
+}
+
+
+class TestEmbedding:
+    """A dense layer on one-hot rows, whose second moment is diagonal."""
+
+    @pytest.mark.parametrize("shape", [(), (5,), (2, 3)], ids=str)
+    @pytest.mark.parametrize("name", EMBEDDINGS)
+    def test_equals_the_ggn(self, name, shape):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input(shape, dtype="int32"), *EMBEDDINGS[name]()])
+        x = RNG.integers(0, 4, size=(3, *shape))
+        y, loss = RNG.normal(size=model(x).shape), LOSS["mse"].make()
+        embedding = model.layers[0]
+        a, g = factors(model, loss, x)[0]
+        np.testing.assert_allclose(
+            a, np.bincount(x.ravel(), minlength=embedding.input_dim) / x.size, rtol=1e-14
+        )
+        dense = dense_ggn(model, loss, x, y, [embedding.embeddings], pfor=False)
+        assert_close(kron(np.diag(a), g), dense)
+
+    def test_counts_as_a_dense_layer_on_one_hot_rows_with_weights(self):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((2,), dtype="int32"), *EMBEDDINGS["one"]()])
+        x, weights = RNG.integers(0, 4, size=(3, 2)), np.array([0.0, 1.0, 3.0])
+        a, _ = factors(model, LOSS["mse"].make(), x, sample_weight=weights[:, None])[0]
+        dense = DenseAdapter(built(LAYERS[0])[1], lambda v: True)
+        moment, total = dense.input_moment(tf.one_hot(x, 5), tf.constant(weights), tf.float64)
+        assert_close(a, np.diag(moment / total)[:4])
+
+    def test_masked_indices_do_not_count(self):
+        """Identity 26: padding is as if it were not there."""
+        layer = layers.Embedding(4, 2, mask_zero=True)
+        layer.build()
+        padded = adapt(layer).input_moment(tf.constant([[1, 2, 0], [3, 0, 0]]), None, tf.float64)
+        single = [
+            adapt(layer).input_moment(tf.constant([row]), None, tf.float64) for row in ([1, 2], [3])
+        ]
+        for part, (one, other) in zip(padded, zip(*single)):
+            np.testing.assert_array_equal(part, one + other)
+
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_sparse_gradients_are_preconditioned_as_dense_ones(self, exact):
+        rng = np.random.default_rng(3)
+        a, g = tf.constant(rng.uniform(0.1, 1, 6)), tf.constant(np.cov(rng.normal(size=(3, 9))))
+        inverse = (ExactInverse if exact else FactoredInverse).of(a, g, tf.constant(0.1))
+        slices = tf.IndexedSlices(
+            tf.constant(rng.normal(size=(4, 3))), tf.constant([5, 0, 5, 2]), tf.constant([6, 3])
+        )
+        sparse = inverse.precondition(slices)
+        assert isinstance(sparse, tf.IndexedSlices) and sparse.values.shape == (4, 3)
+        dense = inverse.precondition(tf.convert_to_tensor(slices))
+        assert_close(tf.convert_to_tensor(sparse), dense, 1e-14)
+        direction = tf.convert_to_tensor(sparse)
+        product = tf.reduce_sum(tf.convert_to_tensor(slices) * direction)
+        assert_close(linalg.inner_product(slices, direction), product, 1e-14)
+
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_diagonal_factors_are_inverted_as_matrices(self, exact):
+        rng = np.random.default_rng(4)
+        kind = ExactInverse if exact else FactoredInverse
+        a, g = rng.uniform(0.1, 1, 4), rng.uniform(0.1, 1, 3)
+        gradient = tf.constant(rng.normal(size=(4, 3)))
+        matrices = kind.of(tf.constant(np.diag(a)), tf.constant(np.diag(g)), tf.constant(0.3))
+        expected = matrices.precondition(gradient)
+        for one, other in ((a, np.diag(g)), (np.diag(a), g), (a, g)):
+            inverse = kind.of(tf.constant(one), tf.constant(other), tf.constant(0.3))
+            assert_close(inverse.precondition(gradient), expected, 1e-13)
+            assert_close(inverse.condition_number, matrices.condition_number, 1e-13)
+            start = [f(shape, tf.float64) for shape, f in kind.start(one.shape, other.shape)]
+            np.testing.assert_array_equal(kind(*start).precondition(gradient), gradient)
+            undamped = kind.of(tf.constant(one), tf.constant(other), tf.constant(0.0))
+            dense = kind.of(tf.constant(np.diag(a)), tf.constant(np.diag(g)), tf.constant(0.0))
+            expected_change = relative_change(matrices, dense)
+            assert_close(relative_change(inverse, undamped), expected_change, 1e-12)
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    def test_learns(self, jit_compile):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((4,), dtype="int32"),
+                layers.Embedding(50, 8),
+                layers.Flatten(),
+                layers.Dense(5),
+            ]
+        )
+        x = RNG.integers(0, 50, size=(256, 4))
+        model = helpers.compiled(model, KFAC(), jit_compile=jit_compile)
+        history = helpers.fit(model, (x, x[:, 0] % 5), epochs=10).history["loss"]
+        assert history[-1] < 0.1 * history[0]
+        assert model.optimizer.coverage().fraction == 1
+
+
+class TestLargeLayers:
+    """Factors that are too large to be matrices are diagonals."""
+
+    def test_diagonals_are_those_of_the_matrices(self, monkeypatch):
+        monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", 4)
+        model, layer = built(LAYERS[0])
+        assert adapt(layer).diagonal == (True, False)
+        x, loss = RNG.normal(size=(3, 5)), LOSS["mse"].make()
+        weights = np.array([1.0, 0.0, 2.0])
+        (coarse,) = factors(model, loss, x, sample_weight=weights)
+        monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", 2)
+        (coarser,) = factors(model, loss, x, sample_weight=weights)
+        monkeypatch.undo()
+        (fine,) = factors(model, loss, x, sample_weight=weights)
+        assert_close(coarse.input_factor, np.diag(fine.input_factor), 1e-14)
+        assert_close(coarse.output_factor, fine.output_factor, 1e-14)
+        assert_close(coarser.output_factor, np.diag(fine.output_factor), 1e-14)
+
+    def test_trains_and_says_so(self, monkeypatch):
+        monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", 4)
+        model, _ = built(LAYERS[0])
+        model = helpers.compiled(model, KFAC(), keras.losses.MeanSquaredError())
+        x = RNG.normal(size=(32, 5))
+        history = helpers.fit(model, (x, x[:, :3]), epochs=20).history["loss"]
+        assert history[-1] < 0.1 * history[0]
+        (row,) = model.optimizer.coverage()
+        assert row.block == "kronecker"
+        assert row.reason == "6 x 3 is large: diagonal input factor"
+
+
 ATTENTION = {
     "multi-head": lambda: layers.MultiHeadAttention(2, 3, dtype="float64"),
     "value-dim": lambda: layers.MultiHeadAttention(2, 3, value_dim=4, dtype="float64"),
@@ -217,7 +553,7 @@ def test_projections_of_attention_are_their_matrices(name):
         adapter, (call,) = adapt(layer), recorded.calls[id(layer)]
         matrix = adapter.to_matrix({id(v): v.value for v in adapter.variables})
         product = tf.matmul(adapter.input_rows(call.inputs), matrix)
-        assert_close(product, adapter.output_rows(call.pre_activation), 1e-12)
+        assert_close(product, adapter.output_rows(call.outputs), 1e-12)
 
 
 @st.composite
@@ -282,16 +618,6 @@ def test_drawn_layers_equal_the_ggn(case):
 class TestRefused:
     """What has no block says why."""
 
-    def test_bias_of_an_einsum_along_other_axes(self):
-        layer = layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="e")
-        layer.build((None, 3, 4))
-        adapters, reason = registry.find_adapters(layer)
-        assert not adapters
-        assert reason == (
-            "the bias has the axes 'e' in 'abc,cde->abde', and not those that kernel and outputs "
-            "share: 'de'"
-        )
-
     def test_einsum_over_the_batch(self):
         layer = layers.EinsumDense("ab,ac->bc", (3,))
         layer.build((2, 2))
@@ -334,7 +660,7 @@ class TestTransformer:
         projections = [name for name in blocks if name.startswith("multi_head_attention")]
         assert len(projections) == 4
         assert {blocks[name] for name in projections} == {"kronecker"}
-        assert 0.8 < model.optimizer.coverage().fraction < 1
+        assert model.optimizer.coverage().fraction == 1
 
     @pytest.mark.parametrize("jit_compile", [False, True])
     def test_learns(self, jit_compile):

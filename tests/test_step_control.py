@@ -192,7 +192,7 @@ class TestReplay:
 
         model, x = Plain(), tf.ones((4, 10))
         model(x)
-        replay = Replay(model, (x,), {})
+        replay = Replay(model, (x,), {"training": True})
         outputs = model(x, training=True)
         np.testing.assert_array_equal(replay.outputs({}), outputs)
 

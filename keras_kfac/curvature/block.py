@@ -10,7 +10,7 @@ from keras_kfac.curvature.regularization import l2_coefficient
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
 from keras_kfac.math.inverses import Inverse, relative_change
-from keras_kfac.math.linalg import is_finite, scalar
+from keras_kfac.math.linalg import inner_product, is_finite, scalar, trace
 from keras_kfac.math.moving_average import weighted_average
 
 AddVariable = Callable[..., keras.Variable]
@@ -30,8 +30,8 @@ class KroneckerBlock:
 
     Attributes:
         adapter: The layer.
-        input_factor: `A`, `[..., d_in, d_in]`.
-        output_factor: `G`, `[..., d_out, d_out]`.
+        input_factor: `A`, `[..., d_in, d_in]`, or its diagonal `[d_in]`.
+        output_factor: `G`, `[..., d_out, d_out]`, or its diagonal `[d_out]`.
         weight: Accumulated weight of the moving averages; 0 before the first update.
         failed_refreshes: How often the damped factors could not be inverted.
         refreshes: How often they could.
@@ -43,17 +43,16 @@ class KroneckerBlock:
     ) -> None:
         self.adapter = adapter
         self._l2 = l2_coefficient(adapter.variables[0])
-        leading = () if adapter.groups is None else (adapter.groups,)
         dtype = adapter.variables[0].dtype
-        d_in, d_out = adapter.dims
-        self.input_factor = add_variable("input_factor", (*leading, d_in, d_in), dtype)
-        self.output_factor = add_variable("output_factor", (*leading, d_out, d_out), dtype)
+        shapes = adapter.factor_shapes
+        self.input_factor = add_variable("input_factor", shapes[0], dtype)
+        self.output_factor = add_variable("output_factor", shapes[1], dtype)
         self.weight = add_variable("factor_weight", (), dtype)
         self._inverse_type = inverse_type
         # The identity until the first refresh succeeds: the block then passes the gradient on.
         self._inverse = [
-            add_variable(name, (*leading, *shape) if shape else (), dtype, initial)
-            for name, (shape, initial) in zip(inverse_type._fields, inverse_type.start(d_in, d_out))
+            add_variable(name, shape, dtype, initial)
+            for name, (shape, initial) in zip(inverse_type._fields, inverse_type.start(*shapes))
         ]
         self.failed_refreshes = add_variable("failed_refreshes", (), "int32")
         self.refreshes = add_variable("refreshes", (), "int32")
@@ -90,7 +89,7 @@ class KroneckerBlock:
     def trace(self) -> tf.Tensor:
         """Trace of `A ⊗ G`, undamped."""
         traces = [
-            tf.linalg.trace(tf.convert_to_tensor(factor))
+            trace(tf.convert_to_tensor(factor))
             for factor in (self.input_factor, self.output_factor)
         ]
         return tf.reduce_sum(traces[0] * traces[1])
@@ -127,6 +126,9 @@ class KroneckerBlock:
         Returns:
             The directions, and their inner product with the gradients.
         """
-        gradient = self.adapter.to_matrix(gradients)
-        direction = inverse.precondition(gradient)
-        return self.adapter.from_matrix(direction), tf.reduce_sum(gradient * direction)
+        adapter = self.adapter
+        if not adapter.takes_slices:
+            gradients = {key: tf.convert_to_tensor(value) for key, value in gradients.items()}
+        directions = adapter.from_matrix(inverse.precondition(adapter.to_matrix(gradients)))
+        products = [inner_product(gradients[key], value) for key, value in directions.items()]
+        return directions, tf.add_n(products)

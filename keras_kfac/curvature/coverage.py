@@ -7,7 +7,7 @@ from typing import NamedTuple
 import keras
 
 from keras_kfac import _keras_internals
-from keras_kfac.introspection.adapters import LayerAdapter, layer_path
+from keras_kfac.introspection.adapters import LayerAdapter, layer_path, own_variables
 from keras_kfac.introspection.registry import adapt, find_adapters
 
 
@@ -19,8 +19,9 @@ class CoverageRow:
         layer: Path of the layer.
         layer_type: Its class.
         weights: Number of trained weights it owns (scalars, not tensors).
-        block: `"kronecker"`, `"fallback"` or `"frozen"`.
-        reason: Why it has no curvature block; empty if it has one.
+        block: Its curvature block: `"kronecker"`, or for few weights `"full"` or `"diagonal"`; or
+            `"fallback"` or `"frozen"`.
+        reason: Why it has no curvature block, or a coarser one than it could have; or empty.
     """
 
     layer: str
@@ -37,7 +38,7 @@ class Coverage(list[CoverageRow]):
     def fraction(self) -> float:
         """Share of the trained weights that a curvature block covers, in [0, 1]."""
         total = sum(row.weights for row in self)
-        covered = sum(row.weights for row in self if row.block == "kronecker")
+        covered = sum(row.weights for row in self if row.block not in ("fallback", "frozen"))
         return covered / total if total else 0.0
 
     def __str__(self) -> str:
@@ -78,7 +79,7 @@ def plan_coverage(
     adapters: list[LayerAdapter] = []
     rows = Coverage()
     for layer in _keras_internals.flatten_layers(model):
-        own = _own_variables(layer)
+        own = own_variables(layer)
         if not own:
             continue
         trained = [v for v in own if is_trained(v)]
@@ -86,22 +87,21 @@ def plan_coverage(
         reason = "no trained weights"
         if trained:
             found, reason = _adapters(layer, is_trained, called, unreachable or {})
+            reason = reason or "; ".join(filter(None, map(_coarseness, found)))
             adapters += found
-        block = "frozen" if not trained else "kronecker" if found else "fallback"
+        block = "frozen" if not trained else found[0].block if found else "fallback"
         count = sum(int(v.value.shape.num_elements()) for v in trained)
         rows.append(CoverageRow(layer_path(layer), type(layer).__name__, count, block, reason))
     return CoveragePlan(adapters, rows)
 
 
-def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
-    """Weights that the layer itself holds, not the layers below it."""
-    below = {
-        id(v)
-        for child in _keras_internals.flatten_layers(layer)
-        if child is not layer
-        for v in child.weights
-    }
-    return [v for v in layer.weights if id(v) not in below]
+def _coarseness(adapter: LayerAdapter) -> str:
+    """Which factors are diagonal for their size alone."""
+    large = [name for name, is_large in zip(("input", "output"), adapter.too_large) if is_large]
+    if not large:
+        return ""
+    size = " x ".join(f"{d:,}" for d in adapter.dims)
+    return f"{size} is large: diagonal {' and '.join(large)} factor"
 
 
 def _adapters(

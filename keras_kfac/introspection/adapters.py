@@ -1,9 +1,9 @@
 """Layer adapters: how a layer's weights, inputs and gradients become matrices.
 
 An adapter presents one layer in the convention of `keras_kfac.math`: inputs and gradients of the
-pre-activations as rows `[..., batch, positions, features]`, kernel and bias gradient as one matrix
-`[..., d_in, d_out]`, the bias in the last row. A new layer is one adapter class and one entry in
-`registry.py`; a layer of several affine maps has one for each.
+outputs as rows `[..., batch, positions, features]`, the gradients of its weights as one matrix
+`[..., d_in, d_out]`. A new layer is one adapter class and one entry in `registry.py`; a layer of
+several affine maps has one for each. Outputs are those before the layer's activation.
 """
 
 import abc
@@ -14,10 +14,27 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_kfac import _keras_internals
+from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
 
 Gradients = dict[int, tf.Tensor]
 """Gradients (or directions) of a layer's variables, by `id` of the variable."""
+
+# A factor of more rows than this is taken to be diagonal: the matrix would need 256 MB and seconds
+# to invert, on the fastest processors too.
+MAX_DENSE_FACTOR = 8192
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Weights that the layer itself holds, not the layers below it."""
+    below = {
+        id(v)
+        for child in _keras_internals.flatten_layers(layer)
+        if child is not layer
+        for v in child.weights
+    }
+    return [v for v in layer.weights if id(v) not in below]
 
 
 def layer_path(layer: keras.Layer) -> str:
@@ -26,28 +43,20 @@ def layer_path(layer: keras.Layer) -> str:
 
 
 class LayerAdapter(abc.ABC):
-    """A layer, or a part of one, with a kernel, a bias, or both, and an affine map in between.
+    """A layer, or a part of one, whose weights have a curvature block.
 
     Attributes:
         layer: The adapted layer, built.
-        kernel: Its kernel if that is trained, else `None`.
-        bias: Its bias if that is trained, else `None`.
-        kernel_name: What the layer calls it; `None` if the adapter is for a bias only.
-        bias_name: Likewise.
         part: Which part of the layer it is; empty if it is the whole.
     """
 
-    kernel_name: str | None = "kernel"
-    bias_name: str | None = "bias"
     part = ""
+    takes_slices = False  # Whether `to_matrix` and `from_matrix` take `tf.IndexedSlices`.
+    with_activation = False  # Whether the layer's outputs are those after its activation.
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         self.layer = layer
-        # Trained or not.
-        self._kernel: Any = getattr(layer, self.kernel_name) if self.kernel_name else None
-        self._bias: Any = getattr(layer, self.bias_name) if self.bias_name else None
-        self.kernel = self._kernel if self._kernel is not None and trained(self._kernel) else None
-        self.bias = self._bias if self._bias is not None and trained(self._bias) else None
+        self._trained = trained
 
     @classmethod
     @abc.abstractmethod
@@ -72,14 +81,105 @@ class LayerAdapter(abc.ABC):
         return f"{layer_path(self.layer)}/{self.part}".rstrip("/")
 
     @property
+    @abc.abstractmethod
     def variables(self) -> list[keras.Variable]:
         """The trained variables that the adapter covers."""
-        return [v for v in (self.kernel, self.bias) if v is not None]
+
+    @property
+    def block(self) -> str:
+        """What kind of block it has, in a word."""
+        return "kronecker"
 
     @property
     def groups(self) -> int | None:
         """Number of independent blocks, or `None` for one block without a leading axis."""
         return None
+
+    @property
+    @abc.abstractmethod
+    def dims(self) -> tuple[int, int]:
+        """`(d_in, d_out)` of the block."""
+
+    @property
+    def diagonal(self) -> tuple[bool, bool]:
+        """Whether the input factor and the output factor are kept as diagonals."""
+        return self.too_large
+
+    @property
+    def too_large(self) -> tuple[bool, bool]:
+        """Whether they are too large to be kept as matrices."""
+        if self.groups is not None:  # Many of that size would have no room in any case.
+            return False, False
+        return self.dims[0] > MAX_DENSE_FACTOR, self.dims[1] > MAX_DENSE_FACTOR
+
+    @property
+    def factor_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the input factor and the output factor."""
+        return [
+            (d,) if is_diagonal else (*self._leading, d, d)
+            for d, is_diagonal in zip(self.dims, self.diagonal)
+        ]
+
+    @abc.abstractmethod
+    def input_moment(
+        self, inputs: tf.Tensor, example_weights: tf.Tensor | None, dtype: tf.DType
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The sum that makes up the input factor, and its weight; see `factors.input_moment`."""
+
+    def output_factor(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
+        """The output factor of a call, given the gradients of its outputs."""
+        return factors.output_factor(self.output_rows(gradients, *observed), self.diagonal[1])
+
+    def observed(self, call: LayerCall) -> tuple[Any, ...]:
+        """What the output rows of a call depend on beside the gradients.
+
+        Tensors must have a batch axis: those that come back to `output_rows` are cut to the
+        examples in use, and of the type of the gradients.
+        """
+        return ()
+
+    @abc.abstractmethod
+    def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
+        """Rows of output gradients: `[..., batch, positions, d_out]`."""
+
+    @abc.abstractmethod
+    def to_matrix(self, gradients: Gradients) -> tf.Tensor:
+        """Joins the gradients of the variables into `[..., d_in, d_out]`."""
+
+    @abc.abstractmethod
+    def from_matrix(self, matrix: tf.Tensor) -> Gradients:
+        """Inverse of `to_matrix`."""
+
+    @property
+    def _leading(self) -> list[int]:
+        return [] if self.groups is None else [self.groups]
+
+
+class AffineAdapter(LayerAdapter):
+    """A kernel, a bias, or both, and an affine map; the bias is the last row of the matrix.
+
+    Attributes:
+        kernel: The kernel if that is trained, else `None`.
+        bias: The bias if that is trained, else `None`.
+        kernel_name: What the layer calls it; `None` if the adapter is for a bias only.
+        bias_name: Likewise.
+    """
+
+    kernel_name: str | None = "kernel"
+    bias_name: str | None = "bias"
+
+    def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
+        super().__init__(layer, trained)
+        # Trained or not.
+        self._kernel: Any = getattr(layer, self.kernel_name) if self.kernel_name else None
+        self._bias: Any = getattr(layer, self.bias_name) if self.bias_name else None
+        self.kernel = self._kernel if self._kernel is not None and trained(self._kernel) else None
+        self.bias = self._bias if self._bias is not None and trained(self._bias) else None
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The trained variables that the adapter covers."""
+        return [v for v in (self.kernel, self.bias) if v is not None]
 
     @property
     @abc.abstractmethod
@@ -96,15 +196,17 @@ class LayerAdapter(abc.ABC):
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """Rows that the kernel multiplies: `[..., batch, positions, kernel_dims[0]]`."""
 
-    @abc.abstractmethod
-    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
-        """Rows of pre-activation gradients: `[..., batch, positions, d_out]`."""
+    def input_moment(
+        self, inputs: tf.Tensor, example_weights: tf.Tensor | None, dtype: tf.DType
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The second moment of the input rows, and its weight."""
+        rows = self.input_rows(tf.cast(inputs, dtype))
+        return factors.input_moment(rows, example_weights, self.diagonal[0])
 
     def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """Rows of layer inputs: `[..., batch, positions, d_in]`."""
         if self.kernel is None:  # The bias alone sees the constant 1, wherever it is applied.
-            leading = [] if self.groups is None else [self.groups]
-            return tf.ones([*leading, tf.shape(inputs)[0], 1, 1], inputs.dtype)
+            return tf.ones([*self._leading, tf.shape(inputs)[0], 1, 1], inputs.dtype)
         rows = self.kernel_rows(inputs)
         if self.bias is None:
             return rows
@@ -156,7 +258,7 @@ class LayerAdapter(abc.ABC):
         return matrix if self.groups is None else tf.transpose(matrix, [1, 0, 2])
 
 
-class DenseAdapter(LayerAdapter):
+class DenseAdapter(AffineAdapter):
     """`keras.layers.Dense` on inputs `[batch, ..., features]`; the middle axes are positions."""
 
     @classmethod
@@ -173,7 +275,7 @@ class DenseAdapter(LayerAdapter):
         """Rows that the kernel multiplies."""
         return self._rows(inputs)
 
-    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+    def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of pre-activation gradients."""
         return self._rows(gradients)
 

@@ -12,10 +12,13 @@ class BatchPart(NamedTuple):
 
     Attributes:
         fraction: In (0, 1]: this part of the batch,
-        min_examples: but so many examples at least, or all there are.
+        min_rows: but so many rows of the model's outputs at least, one for each example and
+            position,
+        min_examples: and so many examples; or all there are.
     """
 
     fraction: float = 1.0
+    min_rows: int = 1
     min_examples: int = 1
 
     @property
@@ -23,11 +26,13 @@ class BatchPart(NamedTuple):
         """Whether all examples are used, whatever the batch."""
         return self.fraction == 1
 
-    def examples(self, batch: tf.Tensor) -> tf.Tensor:
-        """The number of examples to use of a batch of the given size, int32."""
-        wanted = tf.math.ceil(tf.cast(batch, tf.float64) * scalar(self.fraction, tf.float64))
-        wanted = tf.maximum(tf.cast(wanted, tf.int32), self.min_examples)
-        return tf.minimum(wanted, batch)
+    def examples(self, shape: tf.Tensor) -> tf.Tensor:
+        """The number of examples to use, int32, where outputs are rows `[batch, positions...]`."""
+        batch, positions = shape[0], tf.maximum(tf.reduce_prod(shape[1:]), 1)
+        part = tf.cast(batch, tf.float64) * scalar(self.fraction, tf.float64)
+        enough_rows = -(-self.min_rows // positions)
+        wanted = tf.maximum(tf.cast(tf.math.ceil(part), tf.int32), enough_rows)
+        return tf.minimum(tf.maximum(wanted, self.min_examples), batch)
 
 
 WHOLE = BatchPart()

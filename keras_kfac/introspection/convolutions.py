@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.adapters import AffineAdapter
 from keras_kfac.math import patches
 
 
-class ConvAdapter(LayerAdapter):
+class ConvAdapter(AffineAdapter):
     """`keras.layers.Conv1D`, `Conv2D` and `Conv3D`; each group of channels is a block."""
 
     @classmethod
@@ -33,7 +34,7 @@ class ConvAdapter(LayerAdapter):
         images = self._channels_last(inputs)
         return self._split(self._patches(images), images.shape[-1])
 
-    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+    def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of pre-activation gradients."""
         rows = self._pixels(gradients)
         return self._split(rows, rows.shape[-1])
@@ -116,7 +117,7 @@ class TransposedKernelAdapter(_Part):
         """Rows that the kernel multiplies."""
         return self._pixels(inputs)
 
-    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+    def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of the gradients of what each input pixel contributes."""
         return self._patches(self._channels_last(gradients))
 
@@ -150,7 +151,7 @@ class DepthwisePartAdapter(DepthwiseConvAdapter):
     kernel_name, bias_name = "depthwise_kernel", None
     part = "depthwise_kernel"
 
-    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+    def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of gradients, propagated back through the second kernel."""
         gradients = self._pixels(gradients)
         width, filters = self.layer.pointwise_kernel.shape[-2:]

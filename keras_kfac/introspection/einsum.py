@@ -3,12 +3,13 @@
 import math
 import string
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.adapters import AffineAdapter, Gradients
+from keras_kfac.introspection.per_example import PerExampleAdapter, sum_over_others
 
 
 class Axes(NamedTuple):
@@ -61,7 +62,7 @@ def parse(equation: str, rank: int | None = None) -> Axes:
     return Axes(inputs, kernel, outputs, groups, features, units, positions)
 
 
-class EinsumDenseAdapter(LayerAdapter):
+class EinsumDenseAdapter(AffineAdapter):
     """An einsum with one kernel: a dense layer once its axes are sorted.
 
     Axes that inputs, kernel and outputs share make groups, a block for each index. Axes of the
@@ -69,8 +70,10 @@ class EinsumDenseAdapter(LayerAdapter):
     """
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
-        super().__init__(layer, trained)
         self._axes = parse(layer.equation, layer.input_spec.ndim)
+        if not _bias_is_for_all(layer, self._axes):
+            self.bias_name, self.part = None, "kernel"  # The bias has a block of its own.
+        super().__init__(layer, trained)
         self._sizes = dict(zip(self._axes.kernel, layer.kernel.shape))
 
     @classmethod
@@ -84,12 +87,6 @@ class EinsumDenseAdapter(LayerAdapter):
         axes = parse(layer.equation)  # The layer may not be built yet.
         if axes.batch in axes.kernel or axes.outputs[0] != axes.batch:
             return f"the first axis in {layer.equation!r} is no batch of independent examples"
-        bias = set(layer.bias_axes or "")
-        if bias and bias != set(axes.groups + axes.units):
-            return (
-                f"the bias has the axes {layer.bias_axes!r} in {layer.equation!r}, and not those "
-                f"that kernel and outputs share: {''.join(sorted(axes.groups + axes.units))!r}"
-            )
         return super().unsupported_reason(layer, base)
 
     @property
@@ -106,7 +103,7 @@ class EinsumDenseAdapter(LayerAdapter):
         """Rows that the kernel multiplies."""
         return self._rows(inputs, self._axes.inputs, self._axes.features)
 
-    def output_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+    def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of pre-activation gradients."""
         return self._rows(gradients, self._axes.outputs, self._axes.units)
 
@@ -138,10 +135,6 @@ class EinsumDenseAdapter(LayerAdapter):
         return tf.reshape(tf.einsum(f"{order}->{given}", ordered), self.layer.bias.shape)
 
     @property
-    def _leading(self) -> list[int]:
-        return [] if self.groups is None else [self.groups]
-
-    @property
     def _bias_axes(self) -> str:
         """Those of its axes that are not of size 1 for broadcasting only, as they lie."""
         return "".join(axis for axis in self._axes.outputs if axis in self.layer.bias_axes)
@@ -158,3 +151,24 @@ class EinsumDenseAdapter(LayerAdapter):
         places = ordered.shape[len(a.groups) + 1 : len(a.groups) + 1 + len(a.positions)]
         positions = places.num_elements() if places.is_fully_defined() else -1
         return tf.reshape(ordered, [*self._leading, batch, positions, self._size(last)])
+
+
+class EinsumBiasAdapter(PerExampleAdapter):
+    """A bias along some axes only of those that kernel and outputs of an einsum share."""
+
+    part = "bias"
+
+    def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
+        self._axes = parse(layer.equation, layer.input_spec.ndim)
+        has_own = not _bias_is_for_all(layer, self._axes)
+        super().__init__(layer, lambda v: has_own and v is layer.bias and trained(v))
+
+    def example_gradients(self, gradients: tf.Tensor, *observed: Any) -> Gradients:
+        """Gradients of the bias for each example: sums over all axes that it does not have."""
+        outputs = self._axes.outputs
+        axes = [outputs.index(axis) for axis in self.layer.bias_axes if axis in outputs]
+        return {id(self.layer.bias): sum_over_others(gradients, axes)}
+
+
+def _bias_is_for_all(layer: keras.Layer, axes: Axes) -> bool:
+    return not layer.bias_axes or set(layer.bias_axes) == set(axes.groups + axes.units)

@@ -1,14 +1,15 @@
-"""One training forward pass, recorded: layer inputs, pre-activations, outputs.
+"""One training forward pass, recorded: inputs and outputs of layers, outputs of the model.
 
 While a pass is being recorded, and only then, each adapted layer has an instance-level `call`
-that notes its input and swaps `layer.activation` for a function that sees the pre-activation
-first. A `tf.GradientTape` records from the first pre-activation on, so that gradients of the
-outputs with respect to all pre-activations can be taken later, without a second forward pass.
+that notes its input and its output. The output of a layer with an activation is what that is
+applied to: `layer.activation` is swapped for a function that sees it first. A `tf.GradientTape`
+records from the first of them on, so that gradients of the model's outputs with respect to those
+of all layers can be taken later, without a second forward pass.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -19,10 +20,17 @@ from keras_kfac.introspection.replay import Replay
 
 
 class LayerCall(NamedTuple):
-    """What one call of a layer showed: its input and its pre-activation."""
+    """What one call of a layer showed.
+
+    Attributes:
+        inputs: Its input; the first, if it has several.
+        outputs: Its output, before the activation if the layer has one.
+        replay: Runs the call again.
+    """
 
     inputs: tf.Tensor
-    pre_activation: tf.Tensor
+    outputs: tf.Tensor
+    replay: Replay
 
 
 class ForwardPass:
@@ -79,28 +87,30 @@ class ForwardPass:
         (targets,) = tf.nest.flatten(self.targets)
         return targets
 
-    def add_call(self, layer: keras.Layer, inputs: tf.Tensor, pre_activation: tf.Tensor) -> None:
+    def add_call(self, layer: keras.Layer, call: LayerCall) -> None:
         """Notes a call of `layer`."""
         if _keras_internals.current_graph() is not self._graph:
             self.unreachable[id(layer)] = (
                 "called inside a loop or tf.function of its own, where its tensors are out of reach"
             )
             return
-        self.tape.watch(pre_activation)
-        self.calls.setdefault(id(layer), []).append(LayerCall(inputs, pre_activation))
+        if not tf.is_tensor(call.outputs):
+            self.unreachable[id(layer)] = "it does not return one tensor"
+            return
+        self.tape.watch(call.outputs)
+        self.calls.setdefault(id(layer), []).append(call)
 
     def output_gradients(
         self, layers: Iterable[keras.Layer], targets: Any, vectors: Any
     ) -> dict[int, list[tf.Tensor]]:
-        """Back-propagates `vectors` from `targets` to the pre-activations of `layers`.
+        """Back-propagates `vectors` from `targets` to the outputs of `layers`.
 
         Returns:
             Gradients of each layer's calls, by `id` of the layer; zero where the targets do not
             depend on the layer.
         """
         sources = {
-            id(layer): [call.pre_activation for call in self.calls.get(id(layer), [])]
-            for layer in layers
+            id(layer): [call.outputs for call in self.calls.get(id(layer), [])] for layer in layers
         }
         return self.tape.gradient(
             targets,
@@ -125,12 +135,21 @@ def is_recording() -> bool:
 
 
 @contextlib.contextmanager
-def recording(layers: Iterable[keras.Layer], persistent: bool) -> Iterator[ForwardPass]:
-    """Records what happens to `layers` in the body as one forward pass."""
+def recording(
+    layers: Iterable[keras.Layer], persistent: bool, with_activation: Collection[int] = ()
+) -> Iterator[ForwardPass]:
+    """Records what happens to `layers` in the body as one forward pass.
+
+    Args:
+        layers: The layers.
+        persistent: Whether gradients can be taken several times.
+        with_activation: `id`s of the layers whose outputs are those after the activation.
+    """
     forward_pass = ForwardPass(persistent)
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_recorded_calls(layer, forward_pass))
+            is_whole = id(layer) in with_activation or not hasattr(layer, "activation")
+            stack.enter_context(_recorded_calls(layer, forward_pass, is_whole))
         _recording.active = True
         stack.callback(setattr, _recording, "active", False)
         stack.enter_context(forward_pass.tape)
@@ -158,26 +177,32 @@ def instance_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _recorded_calls(
-    layer: keras.Layer, forward_pass: ForwardPass
+    layer: keras.Layer, forward_pass: ForwardPass, is_whole: bool
 ) -> contextlib.AbstractContextManager[None]:
     call = layer.call
 
     def recorded_call(*args: Any, **kwargs: Any) -> Any:
-        inputs = args[0] if args else kwargs["inputs"]
-        tap = _tap(layer, inputs, forward_pass)
-        with instance_attribute(layer, "activation", tap):
+        inputs = tf.nest.flatten(args or kwargs)[0]
+        replay = Replay(layer, args, kwargs)
+
+        def note(outputs: tf.Tensor) -> None:
+            forward_pass.add_call(layer, LayerCall(inputs, outputs, replay))
+
+        if is_whole:
+            outputs = call(*args, **kwargs)
+            note(outputs)
+            return outputs
+        with instance_attribute(layer, "activation", _tap(layer.activation, note)):
             return call(*args, **kwargs)
 
     return instance_attribute(layer, "call", recorded_call)
 
 
 def _tap(
-    layer: keras.Layer, inputs: tf.Tensor, forward_pass: ForwardPass
+    activation: Callable[[tf.Tensor], tf.Tensor] | None, note: Callable[[tf.Tensor], None]
 ) -> Callable[[tf.Tensor], tf.Tensor]:
-    activation = layer.activation
-
     def tapped_activation(pre_activation: tf.Tensor) -> tf.Tensor:
-        forward_pass.add_call(layer, inputs, pre_activation)
+        note(pre_activation)
         return pre_activation if activation is None else activation(pre_activation)
 
     return tapped_activation

@@ -45,7 +45,7 @@ def products(
         coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
         coefficients, examples = tf.cast(coefficients, _SUM), None
         if not part.is_whole:
-            examples = part.examples(tf.shape(coefficients)[0])
+            examples = part.examples(tf.shape(coefficients))
             coefficients = coefficients[:examples] * whole_over_part(coefficients, examples)
         natural, vectors = tangents(
             forward_pass.again, weights, directions, loss.natural_outputs, examples

@@ -1,4 +1,4 @@
-"""A training forward pass, run again: for other weights, or for a part of its batch.
+"""A forward pass, of a model or a layer, run again: for other weights, or a part of its batch.
 
 A replay draws the random numbers of the original pass and leaves no trace: dropout masks are the
 same, batch normalisation keeps its moving statistics, seeds stay where they are. It works on
@@ -6,7 +6,7 @@ tensors in place of the weights, so that weights can be tried before they are as
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -32,33 +32,33 @@ class Replay:
     """What it takes to run a forward pass again; to be created just *before* the pass.
 
     Args:
-        model: The model.
+        layer: The model or layer.
         args: What its `call` was given.
         kwargs: Likewise.
     """
 
-    def __init__(self, model: keras.Model, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self._model = model
+    def __init__(self, layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self._layer = layer
         self._args = args
         self._kwargs = kwargs
-        self._states = [(v, tf.convert_to_tensor(v.value)) for v in model.non_trainable_variables]
+        self._states = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
 
-    def outputs(self, weights: Weights, examples: tf.Tensor | int | None = None) -> Any:
-        """What the model returns in training mode.
+    def outputs(self, weights: Weights, cut: Callable[[tf.Tensor], tf.Tensor] | None = None) -> Any:
+        """What the layer returns.
 
         Args:
-            weights: Values for some of the model's variables; the others keep theirs.
-            examples: Use the first so many examples of the batch only; all if `None`.
+            weights: Values for some of the layer's variables; the others keep theirs.
+            cut: Chooses examples of a tensor whose first axis is the batch; all if `None`.
         """
-        args, kwargs = self._args, {**self._kwargs, "training": True}
-        if examples is not None:
-            args, kwargs = _first(examples, (args, kwargs))
-        trained = [(v, weights[id(v)]) for v in self._model.weights if id(v) in weights]
+        args, kwargs = self._args, self._kwargs
+        if cut is not None:
+            args, kwargs = _with_batches((args, kwargs), cut)
+        trained = [(v, weights[id(v)]) for v in self._layer.weights if id(v) in weights]
         _replaying.active = True
         try:
             # Losses that layers add are collected by the scope, or they would end up in the model.
             with keras.StatelessScope(state_mapping=self._states + trained, collect_losses=True):
-                return self._model(*args, **kwargs)
+                return self._layer(*args, **kwargs)
         finally:
             _replaying.active = False
 
@@ -67,15 +67,15 @@ def _tensors(structure: Any) -> list[tf.Tensor]:
     return [x for x in tf.nest.flatten(structure) if tf.is_tensor(x) and x.shape.rank != 0]
 
 
-def _first(examples: tf.Tensor | int, structure: Any) -> Any:
-    """The first examples of all tensors with a batch axis: that of the first tensor."""
+def _with_batches(structure: Any, function: Callable[[tf.Tensor], tf.Tensor]) -> Any:
+    """Applies a function to all tensors with a batch axis: that of the first tensor."""
     batch = _tensors(structure)[0].shape[:1]
 
-    def cut(x: Any) -> Any:
+    def apply(x: Any) -> Any:
         is_batch = tf.is_tensor(x) and x.shape.rank != 0 and x.shape[:1].is_compatible_with(batch)
-        return x[:examples] if is_batch else x
+        return function(x) if is_batch else x
 
-    return tf.nest.map_structure(cut, structure)
+    return tf.nest.map_structure(apply, structure)
 
 
 def tangents(
@@ -98,10 +98,11 @@ def tangents(
         The natural outputs and their tangents for each direction.
     """
     results = []
+    cut = None if examples is None else lambda x: x[:examples]
     # Not nested: that would build the derivatives of the derivatives too.
     for direction in directions:
         watched = [primals[key] for key in direction]
         with tf.autodiff.ForwardAccumulator(watched, list(direction.values())) as tape:
-            outputs = natural_outputs(replay.outputs(primals, examples))
+            outputs = natural_outputs(replay.outputs(primals, cut))
         results.append(tape.jvp(outputs, tf.UnconnectedGradients.ZERO))
     return outputs, results

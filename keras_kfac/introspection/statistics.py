@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -11,7 +11,6 @@ from keras_kfac.introspection.adapters import LayerAdapter
 from keras_kfac.introspection.batch_part import WHOLE, BatchPart, whole_over_part
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss, single_output
-from keras_kfac.math import factors
 
 
 class Fisher(enum.StrEnum):
@@ -29,7 +28,7 @@ class Fisher(enum.StrEnum):
 
 # The sampled Fisher matrix is an estimate in any case, averaged over many batches later on. In the
 # first steps it is not, and less will not do: see docs/step-control.md.
-SAMPLED_PART = BatchPart(0.5, 128)
+SAMPLED_PART = BatchPart(0.5, min_rows=128, min_examples=8)
 
 
 class LayerStatistics(NamedTuple):
@@ -51,6 +50,8 @@ class _ScoredPass(NamedTuple):
 
     Attributes:
         examples: How many examples are used, the first ones; `None` for all.
+        observed: What the output rows of each adapter's calls depend on beside the gradients, of
+            the used examples, by `id` of the adapter.
     """
 
     forward_pass: ForwardPass
@@ -58,6 +59,7 @@ class _ScoredPass(NamedTuple):
     coefficients: tf.Tensor
     is_weighted: bool
     examples: tf.Tensor | None
+    observed: dict[int, list[Sequence[Any]]]
 
     def example_weights(self) -> tf.Tensor | None:
         """What each used example contributes to the loss; `None` if all the same."""
@@ -79,7 +81,7 @@ class _ScoredPass(NamedTuple):
         is_batch = tf.equal(size, batch)
         scale = whole_over_part(self.coefficients, self.examples)
         part = tensor[: tf.where(is_batch, self.examples, size)]
-        return part, tf.where(is_batch, tf.cast(scale, tensor.dtype), 1)
+        return part, tf.where(is_batch, scale, 1)
 
 
 def collect(
@@ -105,7 +107,7 @@ def collect(
     """
     adapters = [a for a in adapters if any(id(a.layer) in p.calls for p in passes)]
     part = SAMPLED_PART if fisher is Fisher.SAMPLED else WHOLE
-    scored = [_score(forward_pass, loss, part) for forward_pass in passes]
+    scored = [_score(forward_pass, adapters, loss, part, dtype) for forward_pass in passes]
     output_factors = {id(a): tf.zeros((), dtype) for a in adapters}
     for index, item in enumerate(scored):
         pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
@@ -125,12 +127,26 @@ def collect(
     return BatchStatistics(layers, tf.add_n([_examples(item, dtype) for item in scored]))
 
 
-def _score(forward_pass: ForwardPass, loss: ModelLoss, part: BatchPart) -> _ScoredPass:
+def _score(
+    forward_pass: ForwardPass,
+    adapters: Sequence[LayerAdapter],
+    loss: ModelLoss,
+    part: BatchPart,
+    dtype: tf.DType,
+) -> _ScoredPass:
     outputs = single_output(forward_pass)
-    examples = None if part.is_whole else part.examples(tf.shape(outputs)[0])
     coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
+    examples = None if part.is_whole else part.examples(tf.shape(coefficients))
     is_weighted = forward_pass.sample_weight is not None or _keras_internals.has_mask(outputs)
-    return _ScoredPass(forward_pass, outputs, coefficients, is_weighted, examples)
+    item = _ScoredPass(forward_pass, outputs, coefficients, is_weighted, examples, {})
+
+    def used(thing: Any) -> Any:
+        return item.used(tf.cast(thing, dtype))[0] if tf.is_tensor(thing) else thing
+
+    for adapter in adapters:
+        calls = forward_pass.calls.get(id(adapter.layer), [])
+        item.observed[id(adapter)] = [[used(x) for x in adapter.observed(call)] for call in calls]
+    return item
 
 
 def _examples(item: _ScoredPass, dtype: tf.DType) -> tf.Tensor:
@@ -147,10 +163,10 @@ def _input_factor(
     for item in scored:
         example_weights = item.example_weights()
         for call in item.forward_pass.calls.get(id(adapter.layer), []):
-            inputs, scale = item.used(tf.cast(call.inputs, dtype))
-            rows = adapter.input_rows(inputs)
             _check_batch(adapter, call.inputs, item)
-            moment, moment_weight = factors.input_moment(rows, example_weights)
+            inputs, scale = item.used(call.inputs)
+            scale = tf.cast(scale, dtype)
+            moment, moment_weight = adapter.input_moment(inputs, example_weights, dtype)
             total, weight = total + scale * moment, weight + scale * moment_weight
     return tf.math.divide_no_nan(total, weight)
 
@@ -176,14 +192,15 @@ def _output_factors(
     """Back-propagates vectors and sums the outer products of what arrives at each layer."""
     gradients = item.forward_pass.output_gradients([a.layer for a in adapters], targets, vectors)
 
-    def factor(adapter: LayerAdapter, gradient: tf.Tensor) -> tf.Tensor:
+    def factor(adapter: LayerAdapter, gradient: tf.Tensor, observed: Sequence[Any]) -> tf.Tensor:
         used, scale = item.used(tf.cast(gradient, dtype))
-        return scale * factors.output_factor(adapter.output_rows(used))
+        return tf.cast(scale, dtype) * adapter.output_factor(used, *observed)
 
-    return {
-        id(a): tf.add_n([factor(a, gradient) for gradient in gradients[id(a.layer)]])
-        for a in adapters
-    }
+    def sum_over_calls(adapter: LayerAdapter) -> tf.Tensor:
+        calls = zip(gradients[id(adapter.layer)], item.observed[id(adapter)])
+        return tf.add_n([factor(adapter, *call) for call in calls])
+
+    return {id(a): sum_over_calls(a) for a in adapters}
 
 
 def _root(coefficients: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
@@ -220,7 +237,7 @@ def _exact(
         parts = _output_factors(item, adapters, outputs, column, dtype)
         return index + 1, *(total + parts[id(a)] for a, total in zip(adapters, sums))
 
-    sums = [tf.zeros(_output_shape(a), dtype) for a in adapters]
+    sums = [tf.zeros(a.factor_shapes[1], dtype) for a in adapters]
     _, *sums = tf.while_loop(
         lambda index, *_: index < width * positions,
         add_column,
@@ -228,11 +245,6 @@ def _exact(
         parallel_iterations=1,
     )
     return {id(a): total for a, total in zip(adapters, sums)}
-
-
-def _output_shape(adapter: LayerAdapter) -> list[int]:
-    leading = [] if adapter.groups is None else [adapter.groups]
-    return [*leading, adapter.dims[1], adapter.dims[1]]
 
 
 def _empirical(

@@ -28,7 +28,7 @@ def _merge_positions(rows: tf.Tensor) -> tf.Tensor:
 
 
 def input_moment(
-    rows: tf.Tensor, example_weights: tf.Tensor | None = None
+    rows: tf.Tensor, example_weights: tf.Tensor | None = None, diagonal: bool = False
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sum of `a aᵀ` over examples and positions, and the weight of the sum.
 
@@ -38,9 +38,10 @@ def input_moment(
         rows: `[..., batch, positions, d_in]`.
         example_weights: `[batch]`, non-negative, any scale; `None` weights all examples alike.
             An example of weight 0 does not count, whatever it holds.
+        diagonal: Whether to compute the diagonal only.
 
     Returns:
-        `[..., d_in, d_in]` and a scalar.
+        `[..., d_in, d_in]`, or `[..., d_in]`, and a scalar.
     """
     positions = tf.cast(tf.shape(rows)[-2], rows.dtype)
     if example_weights is None:
@@ -50,11 +51,35 @@ def input_moment(
         # `where` and not a product alone: 0 * inf of an ignored example must be 0.
         rows = tf.where(weights > 0, rows * tf.sqrt(weights), tf.zeros_like(rows))
         total = tf.reduce_sum(weights)
-    merged = _merge_positions(rows)
-    return tf.matmul(merged, merged, transpose_a=True), total * positions
+    return _moment(rows, diagonal), total * positions
 
 
-def output_factor(rows: tf.Tensor) -> tf.Tensor:
-    """Output factor `G`: the sum of `g gᵀ` over examples and positions, `[..., d_out, d_out]`."""
+def index_moment(indices: tf.Tensor, size: int, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """`input_moment` of one-hot rows: a diagonal matrix.
+
+    Args:
+        indices: Where each row is 1, integers in `[0, size)`.
+        size: Number of columns of the rows.
+        weights: Of each row, shaped as `indices`, non-negative.
+
+    Returns:
+        The diagonal `[size]` and a scalar.
+
+    Example:
+    >>> diagonal, weight = index_moment(tf.constant([0, 2, 2]), 3, tf.ones([3]))
+    >>> diagonal.numpy().tolist(), float(weight)
+    ([1.0, 0.0, 2.0], 3.0)
+    """
+    return tf.math.unsorted_segment_sum(weights, indices, size), tf.reduce_sum(weights)
+
+
+def output_factor(rows: tf.Tensor, diagonal: bool = False) -> tf.Tensor:
+    """Output factor `G`: the sum of `g gᵀ` over examples and positions, or its diagonal."""
+    return _moment(rows, diagonal)
+
+
+def _moment(rows: tf.Tensor, diagonal: bool) -> tf.Tensor:
+    if diagonal:
+        return tf.reduce_sum(tf.square(rows), axis=[-3, -2])
     merged = _merge_positions(rows)
     return tf.matmul(merged, merged, transpose_a=True)

@@ -1,5 +1,8 @@
 """Inverses of a damped Kronecker product, in the two ways to damp it.
 
+Each factor is a matrix `[..., d, d]`, or the diagonal `[d]` of a diagonal one; so are the parts of
+the inverse that belong to it.
+
 Source: Martens & Grosse (2015), arXiv:1503.05671, section 6.3 (factored damping); George et al.
 (2018), arXiv:1806.03884, section 3.1 (eigenbases).
 """
@@ -10,14 +13,29 @@ from typing import Any, NamedTuple, Self
 import tensorflow as tf
 
 from keras_kfac.math.kronecker import factored_damping, precondition
-from keras_kfac.math.linalg import condition_number, eigen_decomposition, scalar, spd_inverse
+from keras_kfac.math.linalg import (
+    Gradient,
+    condition_number,
+    eigen_decomposition,
+    inner_products,
+    is_diagonal,
+    left_product,
+    right_product,
+    scalar,
+    scaled_rows,
+    spd_inverse,
+)
 
-Start = list[tuple[tuple[int, ...], Callable[[Any, Any], tf.Tensor]]]
+Shape = tuple[int, ...]
+
+Start = list[tuple[Shape, Callable[[Any, Any], tf.Tensor]]]
 """Shape and initial value, a function of shape and dtype, of each part of an inverse."""
 
 
-def identity(shape: tuple[int, ...], dtype: Any) -> tf.Tensor:
-    """Identity matrices `[..., d, d]`."""
+def identity(shape: Shape, dtype: Any) -> tf.Tensor:
+    """Identity matrices `[..., d, d]`, or the diagonal `[d]` of one."""
+    if len(shape) == 1:
+        return tf.ones(shape, dtype)
     return tf.eye(shape[-1], batch_shape=shape[:-2], dtype=dtype)
 
 
@@ -43,18 +61,18 @@ class FactoredInverse(NamedTuple):
         return cls(a_inverse, g_inverse, tf.reduce_max(condition))
 
     @staticmethod
-    def start(d_in: int, d_out: int) -> Start:
-        """What makes up the identity, without leading dimensions."""
-        return [((d_in, d_in), identity), ((d_out, d_out), identity), ((), tf.ones)]
+    def start(input_factor: Shape, output_factor: Shape) -> Start:
+        """What makes up the identity, for factors of these shapes."""
+        return [(input_factor, identity), (output_factor, identity), ((), tf.ones)]
 
-    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+    def precondition(self, gradient: Gradient) -> Gradient:
         """The product with a gradient `[..., d_in, d_out]`."""
         return precondition(gradient, self.input_inverse, self.output_inverse)
 
     def inner_product(self, other: Any) -> tf.Tensor:
         """Trace of the product with another such inverse, scalar."""
         parts = zip(self[:2], other[:2])
-        traces = [tf.reduce_sum(mine * others, axis=[-2, -1]) for mine, others in parts]
+        traces = [inner_products(mine, others) for mine, others in parts]
         return tf.reduce_sum(traces[0] * traces[1])
 
 
@@ -83,26 +101,30 @@ class ExactInverse(NamedTuple):
         return cls(input_basis, output_basis, 1 / damped, tf.reduce_max(largest / smallest))
 
     @staticmethod
-    def start(d_in: int, d_out: int) -> Start:
-        """What makes up the identity, without leading dimensions."""
-        bases = [((d_in, d_in), identity), ((d_out, d_out), identity)]
-        return [*bases, ((d_in, d_out), tf.ones), ((), tf.ones)]
+    def start(input_factor: Shape, output_factor: Shape) -> Start:
+        """What makes up the identity, for factors of these shapes."""
+        bases = [(input_factor, identity), (output_factor, identity)]
+        leading = input_factor[:-2]  # A diagonal factor has none.
+        return [*bases, ((*leading, input_factor[-1], output_factor[-1]), tf.ones), ((), tf.ones)]
 
-    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
+    def precondition(self, gradient: Gradient) -> Gradient:
         """The product with a gradient `[..., d_in, d_out]`."""
-        inside = tf.matmul(self.input_basis, gradient, transpose_a=True)
-        inside = self.eigenvalues * tf.matmul(inside, self.output_basis)
-        outside = tf.matmul(inside, self.output_basis, transpose_b=True)
-        return tf.matmul(self.input_basis, outside)
+        inside = left_product(self.input_basis, gradient, transpose=True)
+        inside = scaled_rows(right_product(inside, self.output_basis), self.eigenvalues)
+        outside = right_product(inside, self.output_basis, transpose=True)
+        return left_product(self.input_basis, outside)
 
     def inner_product(self, other: Any) -> tf.Tensor:
         """Trace of the product with another such inverse, scalar."""
-        a, g = (
-            tf.square(tf.matmul(mine, others, transpose_a=True))
-            for mine, others in zip(self[:2], other[:2])
-        )
-        turned = tf.matmul(tf.matmul(a, other.eigenvalues), g, transpose_b=True)
+        a, g = (_overlaps(mine, others) for mine, others in zip(self[:2], other[:2]))
+        turned = right_product(left_product(a, other.eigenvalues), g, transpose=True)
         return tf.reduce_sum(self.eigenvalues * turned)
+
+
+def _overlaps(basis: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    """Squared inner products of the vectors of two bases."""
+    is_same = is_diagonal(basis)
+    return tf.square(basis * other if is_same else tf.matmul(basis, other, transpose_a=True))
 
 
 Inverse = FactoredInverse | ExactInverse

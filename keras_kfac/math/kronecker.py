@@ -6,13 +6,19 @@ Curvature", arXiv:1503.05671 (M&G below).
 
 import tensorflow as tf
 
-from keras_kfac.math.linalg import scalar
+from keras_kfac.math.linalg import (
+    Gradient,
+    left_product,
+    right_product,
+    scalar,
+    scaled_plus_identity,
+    trace,
+)
 
 
 def _mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
-    """Trace over dimension, `[..., 1, 1]`."""
-    dimension = tf.cast(tf.shape(factor)[-1], factor.dtype)
-    return (tf.linalg.trace(factor) / dimension)[..., tf.newaxis, tf.newaxis]
+    """Trace over dimension, `[...]`."""
+    return trace(factor) / tf.cast(tf.shape(factor)[-1], factor.dtype)
 
 
 def block_damping(damping: tf.Tensor, block: tf.Tensor, model: tf.Tensor) -> tf.Tensor:
@@ -51,8 +57,8 @@ def factored_damping(
     `A ⊗ G + λ I`. A factor of trace zero (a dead layer) makes the block `λ I`.
 
     Args:
-        input_factor: `A`, `[..., d_in, d_in]`.
-        output_factor: `G`, `[..., d_out, d_out]`.
+        input_factor: `A`, `[..., d_in, d_in]`, or its diagonal `[d_in]`.
+        output_factor: `G`, `[..., d_out, d_out]`, or its diagonal `[d_out]`.
         damping: `λ >= 0`, scalar, in units of the curvature (loss per squared weight).
 
     Returns:
@@ -78,17 +84,18 @@ def factored_damping(
         pi = tf.sqrt(safe_a / safe_g)
         damping_a, damping_g = pi * root, root / pi
 
+    scale = tf.cast(alive, input_factor.dtype)
+
     def damped(factor: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
-        identity = tf.eye(tf.shape(factor)[-1], dtype=factor.dtype)
-        return tf.where(alive, factor + amount * identity, root * identity)
+        return scaled_plus_identity(scale, factor, tf.where(alive, amount, root))
 
     return damped(input_factor, damping_a), damped(output_factor, damping_g)
 
 
 def precondition(
-    gradient: tf.Tensor, input_inverse: tf.Tensor, output_inverse: tf.Tensor
-) -> tf.Tensor:
+    gradient: Gradient, input_inverse: tf.Tensor, output_inverse: tf.Tensor
+) -> Gradient:
     """Natural gradient of a block: `A⁻¹ ∇W G⁻¹`, `[..., d_in, d_out]`."""
     # The cheaper order of the two products depends on the shape of the gradient only through
     # the sum d_in + d_out, which is the same for both: no choice to make.
-    return tf.matmul(input_inverse, tf.matmul(gradient, output_inverse))
+    return left_product(input_inverse, right_product(gradient, output_inverse))

@@ -1,8 +1,14 @@
-"""Linear algebra of symmetric positive definite matrices."""
+"""Linear algebra of symmetric positive definite matrices.
 
-from typing import Any
+A vector `[d]` stands for the diagonal matrix whose diagonal it is, wherever a matrix
+`[..., d, d]` can. Gradients can be `tf.IndexedSlices`: a few rows of a matrix.
+"""
+
+from typing import Any, TypeAlias
 
 import tensorflow as tf
+
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 
 def scalar(value: float | tf.Tensor, dtype: tf.DType | str) -> tf.Tensor:
@@ -24,6 +30,67 @@ def is_finite(tensor: tf.Tensor) -> tf.Tensor:
     return tf.math.is_finite(tf.reduce_sum(wide))
 
 
+def is_diagonal(matrix: tf.Tensor) -> bool:
+    """Whether it is a vector that stands for a diagonal matrix."""
+    return matrix.shape.rank == 1
+
+
+def _of_each(values: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+    """Values `[...]`, one for each matrix `[..., d, d]`, to multiply these by."""
+    return values if is_diagonal(matrix) else values[..., tf.newaxis, tf.newaxis]
+
+
+def trace(matrix: tf.Tensor) -> tf.Tensor:
+    """Traces of matrices, `[...]`."""
+    return tf.reduce_sum(matrix) if is_diagonal(matrix) else tf.linalg.trace(matrix)
+
+
+def inner_products(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """Traces of the products of symmetric matrices, `[...]`."""
+    return tf.reduce_sum(first * second, axis=-1 if is_diagonal(first) else [-2, -1])
+
+
+def scaled_plus_identity(scale: tf.Tensor, matrix: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
+    """`scale M + amount I`, both numbers `[...]`."""
+    scaled = _of_each(scale, matrix) * matrix
+    if is_diagonal(matrix):
+        return scaled + amount
+    return scaled + _of_each(amount, matrix) * tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
+
+
+def left_product(matrix: tf.Tensor, gradient: Gradient, transpose: bool = False) -> Gradient:
+    """`M X`, or `Mᵀ X`; a few rows of `X` can be multiplied by a diagonal matrix only."""
+    if not is_diagonal(matrix):
+        return tf.matmul(matrix, gradient, transpose_a=transpose)
+    return scaled_rows(gradient, matrix[:, tf.newaxis])
+
+
+def right_product(gradient: Gradient, matrix: tf.Tensor, transpose: bool = False) -> Gradient:
+    """`X M`, or `X Mᵀ`."""
+    if isinstance(gradient, tf.IndexedSlices):
+        product = right_product(gradient.values, matrix, transpose)
+        return tf.IndexedSlices(product, gradient.indices, gradient.dense_shape)
+    if is_diagonal(matrix):
+        return gradient * matrix
+    return tf.matmul(gradient, matrix, transpose_b=transpose)
+
+
+def scaled_rows(gradient: Gradient, scale: tf.Tensor) -> Gradient:
+    """Elementwise product; of a few rows, with the same rows of `scale` (a scalar is for all)."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient * scale
+    if scale.shape.rank:
+        scale = tf.gather(scale, gradient.indices)
+    return tf.IndexedSlices(gradient.values * scale, gradient.indices, gradient.dense_shape)
+
+
+def inner_product(gradient: Gradient, direction: tf.Tensor) -> tf.Tensor:
+    """Sum of the elementwise product, scalar, in the dtype of the direction."""
+    if isinstance(gradient, tf.IndexedSlices):
+        gradient, direction = gradient.values, tf.gather(direction, gradient.indices)
+    return tf.reduce_sum(tf.cast(gradient, direction.dtype) * direction)
+
+
 def symmetrize(matrix: tf.Tensor) -> tf.Tensor:
     """Returns the symmetric part `(M + Mᵀ) / 2` of `[..., d, d]` matrices."""
     return 0.5 * (matrix + tf.linalg.matrix_transpose(matrix))
@@ -38,16 +105,19 @@ def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
     """Inverse of symmetric positive definite matrices by Cholesky factorisation.
 
     Args:
-        matrix: Tensor `[..., d, d]`, symmetric, of static `d`.
+        matrix: Tensor `[..., d, d]`, symmetric, of static `d`; or the diagonal of one.
 
     Returns:
-        Tensor `[..., d, d]`, symmetric to rounding. All NaN where a matrix is not positive
-        definite to working precision: callers decide what a failure means.
+        As given, symmetric to rounding. All NaN where a matrix is not positive definite to
+        working precision: callers decide what a failure means.
 
     Example:
     >>> spd_inverse(tf.constant([[4.0, 0.0], [0.0, 1.0]])).numpy().tolist()
     [[0.25, 0.0], [0.0, 1.0]]
     """
+    # Layers of many small groups have thousands of 1 x 1 matrices.
+    if is_diagonal(matrix) or matrix.shape[-1] == 1:
+        return tf.where(matrix > 0, 1 / matrix, float("nan"))
     _, inverse = _factor_and_inverse(matrix)
     # A failed factorisation leaves NaN in a part of the matrix only, but always in its trace.
     trace = tf.linalg.trace(inverse)[..., tf.newaxis, tf.newaxis]
@@ -93,23 +163,25 @@ def eigen_decomposition(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Eigenvalues and eigenvectors of symmetric positive semi-definite matrices.
 
     Args:
-        matrix: Tensor `[..., d, d]`.
+        matrix: Tensor `[..., d, d]`, or the diagonal of one.
 
     Returns:
-        Eigenvalues `[..., d]` in ascending order, those that rounding made negative set to 0, and
-        the eigenvectors in the columns of `[..., d, d]`.
+        Eigenvalues `[..., d]`, those that rounding made negative set to 0, and the eigenvectors in
+        the columns of `[..., d, d]`. Of a diagonal matrix, itself and the diagonal of the identity.
 
     Example:
     >>> values, _ = eigen_decomposition(tf.constant([[1.0, 1.0], [1.0, 1.0]]))
     >>> np.round(values, 6).tolist()
     [0.0, 2.0]
     """
+    if is_diagonal(matrix):
+        return tf.maximum(matrix, 0), tf.ones_like(matrix)
     values, vectors = tf.linalg.eigh(symmetrize(matrix))
     return tf.maximum(values, 0), vectors
 
 
 def condition_number(matrix: tf.Tensor, inverse: tf.Tensor) -> tf.Tensor:
-    """Condition number `‖M‖₁ ‖M⁻¹‖₁` of `[..., d, d]` matrices, `[...]`.
+    """Condition number `‖M‖₁ ‖M⁻¹‖₁` of `[..., d, d]` matrices, `[...]`, or of diagonal ones.
 
     For symmetric matrices it lies between the ratio of the extreme eigenvalues and `d` times that.
     It multiplies over Kronecker factors, as that ratio does.
@@ -121,6 +193,7 @@ def condition_number(matrix: tf.Tensor, inverse: tf.Tensor) -> tf.Tensor:
     """
 
     def norm(m: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_max(tf.reduce_sum(tf.abs(m), axis=-2), axis=-1)
+        columns = tf.abs(m) if is_diagonal(m) else tf.reduce_sum(tf.abs(m), axis=-2)
+        return tf.reduce_max(columns, axis=-1)
 
     return norm(matrix) * norm(inverse)

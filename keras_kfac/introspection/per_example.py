@@ -1,0 +1,193 @@
+"""Adapters of layers that are no affine map: blocks of exact gradients, example by example."""
+
+import abc
+from collections.abc import Callable, Collection
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter, own_variables
+from keras_kfac.introspection.forward_pass import LayerCall
+
+# Up to so many weights have a full block: a matrix that costs next to nothing to invert.
+MAX_FULL_BLOCK = 256
+
+
+class PerExampleAdapter(LayerAdapter):
+    """Weights whose gradient can be had for each example of the batch.
+
+    The input factor is 1, and the rows of the "outputs" are the gradients of all weights for one
+    example, so that the output factor is the Fisher matrix of the weights itself: in full if they
+    are few (256), else its diagonal, by as many groups of one weight. Nothing is approximated but
+    what lies between layers, in any network.
+
+    A subclass defines `example_gradients`.
+    """
+
+    def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
+        super().__init__(layer, trained)
+        self._variables = [v for v in own_variables(layer) if trained(v)]
+        self._sizes = [int(v.value.shape.num_elements()) for v in self._variables]
+
+    @classmethod
+    def methods(cls) -> Collection[str]:
+        """Names of the layer's methods relied on."""
+        return ("call",)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The trained variables that the adapter covers."""
+        return self._variables
+
+    @property
+    def block(self) -> str:
+        """Whether the block is full or diagonal."""
+        return "full" if self.groups is None else "diagonal"
+
+    @property
+    def groups(self) -> int | None:
+        """One group if the block is full, else one for each weight."""
+        count = sum(self._sizes)
+        return count if count > MAX_FULL_BLOCK else None
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """One row; a column for each weight of a group."""
+        return 1, sum(self._sizes) if self.groups is None else 1
+
+    def input_moment(
+        self, inputs: tf.Tensor, example_weights: tf.Tensor | None, dtype: tf.DType
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The constant 1."""
+        return tf.ones(self.factor_shapes[0], dtype), tf.ones((), dtype)
+
+    def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
+        """Gradients of the weights for each example: `[..., batch, 1, d_out]`."""
+        parts = self.example_gradients(gradients, *observed)
+        batch = tf.shape(gradients)[0]
+        rows = tf.concat([tf.reshape(parts[id(v)], [batch, -1]) for v in self._variables], axis=-1)
+        if self.groups is None:
+            return rows[:, tf.newaxis, :]
+        return tf.transpose(rows)[..., tf.newaxis, tf.newaxis]
+
+    @abc.abstractmethod
+    def example_gradients(self, gradients: tf.Tensor, *observed: Any) -> Gradients:
+        """Gradients of the variables for each example: `[batch, size]`, by `id` of the variable.
+
+        Args:
+            gradients: Of the layer's outputs.
+            observed: What `observed` noted of the call.
+        """
+
+    def to_matrix(self, gradients: Gradients) -> tf.Tensor:
+        """Joins the gradients of the variables into `[1, weights]` or `[weights, 1, 1]`."""
+        parts = [tf.reshape(gradients[id(v)], [-1]) for v in self._variables]
+        joined = tf.concat(parts, axis=0)
+        return joined[tf.newaxis, :] if self.groups is None else joined[:, tf.newaxis, tf.newaxis]
+
+    def from_matrix(self, matrix: tf.Tensor) -> Gradients:
+        """Inverse of `to_matrix`."""
+        parts = tf.split(tf.reshape(matrix, [-1]), self._sizes)
+        return {id(v): tf.reshape(part, v.shape) for v, part in zip(self._variables, parts)}
+
+
+class NormalizationAdapter(PerExampleAdapter):
+    """Scale and offset of a normalisation: `keras.layers.LayerNormalization`, for example.
+
+    What they are applied to is what the layer puts out with a scale of 1 and an offset of 0.
+    """
+
+    scale_name, offset_name = "gamma", "beta"
+
+    @classmethod
+    def unsupported_reason(cls, layer: keras.Layer, base: type[keras.Layer]) -> str | None:
+        """Why `layer` can't be adapted; `None` if it can."""
+        if 0 in tf.nest.flatten(layer.axis):
+            return "it has a weight for each example of the batch"
+        return super().unsupported_reason(layer, base)
+
+    def observed(self, call: LayerCall) -> tuple[tf.Tensor, ...]:
+        """What is scaled."""
+        neutral = [(self._scale, tf.ones), (self._offset, tf.zeros)]
+        weights = {id(v): value(v.shape, v.dtype) for v, value in neutral if v is not None}
+        return (call.replay.outputs(weights),)
+
+    def example_gradients(self, gradients: tf.Tensor, *observed: Any) -> Gradients:
+        """Gradients of scale and offset for each example."""
+        axes = {axis % gradients.shape.rank for axis in tf.nest.flatten(self.layer.axis)}
+        parts = [(self._scale, gradients * observed[0]), (self._offset, gradients)]
+        return {id(v): sum_over_others(part, axes) for v, part in parts if v is not None}
+
+    @property
+    def _scale(self) -> keras.Variable | None:
+        return getattr(self.layer, self.scale_name, None)
+
+    @property
+    def _offset(self) -> keras.Variable | None:
+        return getattr(self.layer, self.offset_name, None)
+
+
+class RMSNormalizationAdapter(NormalizationAdapter):
+    """`keras.layers.RMSNormalization`, which calls its scale so and has no offset."""
+
+    scale_name, offset_name = "scale", ""
+
+
+class PReLUAdapter(PerExampleAdapter):
+    """`keras.layers.PReLU`: its slopes for negative inputs."""
+
+    def observed(self, call: LayerCall) -> tuple[tf.Tensor, ...]:
+        """What is multiplied by the slopes."""
+        return (tf.minimum(call.inputs, 0),)
+
+    def example_gradients(self, gradients: tf.Tensor, *observed: Any) -> Gradients:
+        """Gradients of the slopes for each example."""
+        shared = self.layer.shared_axes or []
+        axes = {axis for axis in range(1, gradients.shape.rank) if axis not in shared}
+        return {id(self.layer.alpha): sum_over_others(gradients * observed[0], axes)}
+
+
+class RawWeightsAdapter(PerExampleAdapter):
+    """Weights of any layer, used in any way: it is run again for each example by itself.
+
+    That needs no knowledge of the layer, and takes as long as a pass through it (vectorised where
+    TensorFlow can). It is for layers that treat examples apart from each other: statistics of the
+    batch, or dropout masks, would be others for one example. Weights of layers below it have their
+    own blocks.
+    """
+
+    with_activation = True
+
+    @classmethod
+    def methods(cls) -> Collection[str]:
+        """None."""
+        return ()
+
+    def observed(self, call: LayerCall) -> tuple[Any, ...]:
+        """What runs the layer again."""
+        return (call.replay,)
+
+    def example_gradients(self, gradients: tf.Tensor, *observed: Any) -> Gradients:
+        """Gradients of the weights for each example, by as many passes backwards."""
+        replay, values = observed[0], {id(v): tf.convert_to_tensor(v) for v in self._variables}
+
+        def of_example(index: tf.Tensor) -> Gradients:
+            def cut(tensor: tf.Tensor) -> tf.Tensor:
+                return tf.gather(tensor, [index])
+
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(values)
+                outputs = replay.outputs(values, cut)
+                product = tf.reduce_sum(tf.cast(outputs, gradients.dtype) * cut(gradients))
+            return tape.gradient(product, values, unconnected_gradients="zero")
+
+        parts = tf.vectorized_map(of_example, tf.range(tf.shape(gradients)[0]))
+        return {key: tf.cast(part, gradients.dtype) for key, part in parts.items()}
+
+
+def sum_over_others(tensor: tf.Tensor, axes: Collection[int]) -> tf.Tensor:
+    """Sums over all axes but the batch and those given, which become one: `[batch, size]`."""
+    others = [axis for axis in range(1, tensor.shape.rank) if axis not in axes]
+    total = tf.reduce_sum(tensor, axis=others)
+    return tf.reshape(total, [tf.shape(total)[0], -1])
