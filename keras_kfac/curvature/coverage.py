@@ -1,14 +1,14 @@
 """Which curvature block covers which weights of a model, and why others have none."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
 
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path, own_variables
-from keras_kfac.introspection.registry import adapt, find_adapters
+from keras_kfac.introspection.registry import adapt, find_adapters, has_entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +76,40 @@ def plan_coverage(
         called: `id`s of the layers that a forward pass called; `None` before the first pass.
         unreachable: Reasons why a layer's tensors can't be had, by `id` of the layer.
     """
+    layers = _keras_internals.flatten_layers(model)
     adapters: list[LayerAdapter] = []
+    reasons: dict[int, str] = {}  # Why a variable has no block, by its `id`.
+    for layer in layers:  # Those above come first: a recurrent layer before its cell.
+        found, reason = _adapters(layer, is_trained, called, unreachable or {})
+        adapters += found
+        own = layer.weights if has_entry(layer) else own_variables(layer)
+        for variable in own:
+            reasons.setdefault(id(variable), reason)
+    covered = {id(v): adapter for adapter in adapters for v in adapter.variables}
     rows = Coverage()
-    for layer in _keras_internals.flatten_layers(model):
+    for layer in layers:
         own = own_variables(layer)
-        if not own:
-            continue
         trained = [v for v in own if is_trained(v)]
-        found: list[LayerAdapter] = []
-        reason = "no trained weights"
-        if trained:
-            found, reason = _adapters(layer, is_trained, called, unreachable or {})
-            reason = reason or "; ".join(filter(None, map(_coarseness, found)))
-            adapters += found
-        block = "frozen" if not trained else found[0].block if found else "fallback"
-        count = sum(int(v.value.shape.num_elements()) for v in trained)
-        rows.append(CoverageRow(layer_path(layer), type(layer).__name__, count, block, reason))
+        if own:
+            rows.append(_row(layer, trained, covered, reasons))
     return CoveragePlan(adapters, rows)
+
+
+def _row(
+    layer: keras.Layer,
+    trained: Sequence[keras.Variable],
+    covered: Mapping[int, LayerAdapter],
+    reasons: Mapping[int, str],
+) -> CoverageRow:
+    name, kind = layer_path(layer), type(layer).__name__
+    if not trained:
+        return CoverageRow(name, kind, 0, "frozen", "no trained weights")
+    weights = sum(int(v.value.shape.num_elements()) for v in trained)
+    adapters = list({id(a): a for v in trained for a in [covered.get(id(v))] if a}.values())
+    if not adapters:
+        return CoverageRow(name, kind, weights, "fallback", reasons[id(trained[0])])
+    notes = "; ".join(filter(None, map(_coarseness, adapters)))
+    return CoverageRow(name, kind, weights, adapters[0].block, notes)
 
 
 def _coarseness(adapter: LayerAdapter) -> str:

@@ -122,7 +122,11 @@ class LayerAdapter(abc.ABC):
 
     @abc.abstractmethod
     def input_moment(
-        self, inputs: tf.Tensor, example_weights: tf.Tensor | None, dtype: tf.DType
+        self,
+        inputs: tf.Tensor,
+        example_weights: tf.Tensor | None,
+        dtype: tf.DType,
+        *observed: Any,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The sum that makes up the input factor, and its weight; see `factors.input_moment`."""
 
@@ -197,7 +201,11 @@ class AffineAdapter(LayerAdapter):
         """Rows that the kernel multiplies: `[..., batch, positions, kernel_dims[0]]`."""
 
     def input_moment(
-        self, inputs: tf.Tensor, example_weights: tf.Tensor | None, dtype: tf.DType
+        self,
+        inputs: tf.Tensor,
+        example_weights: tf.Tensor | None,
+        dtype: tf.DType,
+        *observed: Any,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The second moment of the input rows, and its weight."""
         rows = self.input_rows(tf.cast(inputs, dtype))

@@ -50,7 +50,11 @@ class EmbeddingAdapter(LayerAdapter):
         return False, super().too_large[1]
 
     def input_moment(
-        self, inputs: tf.Tensor, example_weights: tf.Tensor | None, dtype: tf.DType
+        self,
+        inputs: tf.Tensor,
+        example_weights: tf.Tensor | None,
+        dtype: tf.DType,
+        *observed: Any,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """How often each index occurs, and how many indices there are."""
         indices = tf.cast(inputs, tf.int32)

@@ -57,7 +57,11 @@ class PerExampleAdapter(LayerAdapter):
         return 1, sum(self._sizes) if self.groups is None else 1
 
     def input_moment(
-        self, inputs: tf.Tensor, example_weights: tf.Tensor | None, dtype: tf.DType
+        self,
+        inputs: tf.Tensor,
+        example_weights: tf.Tensor | None,
+        dtype: tf.DType,
+        *observed: Any,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The constant 1."""
         return tf.ones(self.factor_shapes[0], dtype), tf.ones((), dtype)

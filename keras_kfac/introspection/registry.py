@@ -5,13 +5,15 @@ from collections.abc import Callable
 import keras
 
 from keras_kfac.introspection import convolutions as conv
-from keras_kfac.introspection import per_example
+from keras_kfac.introspection import per_example, recurrent
 from keras_kfac.introspection.adapters import DenseAdapter, LayerAdapter
 from keras_kfac.introspection.einsum import EinsumBiasAdapter, EinsumDenseAdapter
 from keras_kfac.introspection.embedding import EmbeddingAdapter
 
 _TRANSPOSED = (conv.TransposedKernelAdapter, conv.ConvBiasAdapter)
 _SEPARABLE = (conv.DepthwisePartAdapter, conv.PointwisePartAdapter)
+
+_GRU = (recurrent.GRUInputAdapter, recurrent.GRURecurrentAdapter, recurrent.GRUBiasAdapter)
 
 # A layer that is several affine maps has an adapter, and a block, for each.
 ADAPTERS: dict[type[keras.Layer], tuple[type[LayerAdapter], ...]] = {
@@ -33,9 +35,18 @@ ADAPTERS: dict[type[keras.Layer], tuple[type[LayerAdapter], ...]] = {
     keras.layers.GroupNormalization: (per_example.NormalizationAdapter,),
     keras.layers.RMSNormalization: (per_example.RMSNormalizationAdapter,),
     keras.layers.PReLU: (per_example.PReLUAdapter,),
+    keras.layers.SimpleRNN: (recurrent.JointAdapter,),
+    keras.layers.LSTM: (recurrent.JointAdapter,),
+    keras.layers.GRU: _GRU,
+    keras.layers.RNN: (recurrent.JointAdapter, *_GRU),
     keras.layers.Attention: (per_example.RawWeightsAdapter,),
     keras.layers.AdditiveAttention: (per_example.RawWeightsAdapter,),
 }
+
+
+def has_entry(layer: keras.Layer) -> bool:
+    """Whether there are adapters for layers of its class, be it for this one or not."""
+    return any(base in ADAPTERS for base in type(layer).__mro__)
 
 
 def find_adapters(layer: keras.Layer) -> tuple[tuple[type[LayerAdapter], ...], str]:

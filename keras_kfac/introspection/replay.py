@@ -5,9 +5,11 @@ same, batch normalisation keeps its moving statistics, seeds stay where they are
 tensors in place of the weights, so that weights can be tried before they are assigned.
 """
 
+import contextlib
+import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
@@ -43,6 +45,15 @@ class Replay:
         self._kwargs = kwargs
         self._states = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
 
+    def with_inputs(self, inputs: Any) -> Self:
+        """The same pass for another first argument."""
+        other = copy.copy(self)
+        if self._args:
+            other._args = (inputs, *self._args[1:])
+        else:
+            other._kwargs = {**self._kwargs, next(iter(self._kwargs)): inputs}
+        return other
+
     def outputs(self, weights: Weights, cut: Callable[[tf.Tensor], tf.Tensor] | None = None) -> Any:
         """What the layer returns.
 
@@ -53,12 +64,18 @@ class Replay:
         args, kwargs = self._args, self._kwargs
         if cut is not None:
             args, kwargs = _with_batches((args, kwargs), cut)
+        with self.scope(weights):
+            return self._layer(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def scope(self, weights: Weights) -> Iterator[None]:
+        """Within it, variables have the values that they had before the pass, or those given."""
         trained = [(v, weights[id(v)]) for v in self._layer.weights if id(v) in weights]
         _replaying.active = True
         try:
             # Losses that layers add are collected by the scope, or they would end up in the model.
             with keras.StatelessScope(state_mapping=self._states + trained, collect_losses=True):
-                return self._layer(*args, **kwargs)
+                yield
         finally:
             _replaying.active = False
 
@@ -97,12 +114,49 @@ def tangents(
     Returns:
         The natural outputs and their tangents for each direction.
     """
-    results = []
     cut = None if examples is None else lambda x: x[:examples]
+
+    def function(weights: Weights) -> tf.Tensor:
+        return natural_outputs(replay.outputs(weights, cut))
+
+    try:
+        return _forward_mode(function, primals, directions)
+    except (TypeError, LookupError):  # Loops in graphs, and operations without such a derivative.
+        return _double_reverse_mode(function, primals, directions)
+
+
+def _forward_mode(
+    function: Callable[[Weights], tf.Tensor], primals: Weights, directions: Sequence[Weights]
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    results = []
     # Not nested: that would build the derivatives of the derivatives too.
     for direction in directions:
         watched = [primals[key] for key in direction]
         with tf.autodiff.ForwardAccumulator(watched, list(direction.values())) as tape:
-            outputs = natural_outputs(replay.outputs(primals, cut))
+            outputs = function(primals)
         results.append(tape.jvp(outputs, tf.UnconnectedGradients.ZERO))
     return outputs, results
+
+
+def _double_reverse_mode(
+    function: Callable[[Weights], tf.Tensor], primals: Weights, directions: Sequence[Weights]
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """`J d` as the derivative of `uᵀ J d` by `u`, which is linear in `u`.
+
+    Source: Townsend (2017), "A new trick for calculating Jacobian vector products".
+    """
+    primals = dict(primals)
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
+        with tf.GradientTape(watch_accessed_variables=False) as inner:
+            inner.watch(primals)
+            outputs = function(primals)
+        vector = tf.zeros_like(outputs)
+        outer.watch(vector)
+        back = inner.gradient(
+            outputs, primals, vector, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        products = [
+            tf.add_n([tf.reduce_sum(back[key] * value) for key, value in direction.items()])
+            for direction in directions
+        ]
+    return outputs, [outer.gradient(product, vector) for product in products]

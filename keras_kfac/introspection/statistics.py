@@ -162,11 +162,12 @@ def _input_factor(
     total, weight = tf.zeros((), dtype), tf.zeros((), dtype)
     for item in scored:
         example_weights = item.example_weights()
-        for call in item.forward_pass.calls.get(id(adapter.layer), []):
+        calls = item.forward_pass.calls.get(id(adapter.layer), [])
+        for call, observed in zip(calls, item.observed[id(adapter)]):
             _check_batch(adapter, call.inputs, item)
             inputs, scale = item.used(call.inputs)
             scale = tf.cast(scale, dtype)
-            moment, moment_weight = adapter.input_moment(inputs, example_weights, dtype)
+            moment, moment_weight = adapter.input_moment(inputs, example_weights, dtype, *observed)
             total, weight = total + scale * moment, weight + scale * moment_weight
     return tf.math.divide_no_nan(total, weight)
 

@@ -1,0 +1,245 @@
+"""Recurrent layers: their rows and gradients at each step, their blocks, and how they train."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kfac import KFAC, _keras_internals
+from keras_kfac.introspection import forward_pass, registry, replay
+from tests import helpers
+from tests.cases import LOSS, factors, mlp
+from tests.reference import assert_close, dense_ggn, kron
+
+layers = keras.layers
+RNG = np.random.default_rng(0)
+COMMON = {"dtype": "float64", "bias_initializer": "random_normal"}
+
+LAYERS = {
+    "simple": lambda **k: layers.SimpleRNN(3, **COMMON, **k),
+    "simple-no-bias": lambda **k: layers.SimpleRNN(3, **COMMON, use_bias=False, **k),
+    "lstm": lambda **k: layers.LSTM(3, **COMMON, **k),
+    "lstm-no-bias": lambda **k: layers.LSTM(3, **COMMON, use_bias=False, **k),
+    "gru": lambda **k: layers.GRU(3, **COMMON, **k),
+    "gru-no-bias": lambda **k: layers.GRU(3, **COMMON, use_bias=False, **k),
+    "gru-reset-before": lambda **k: layers.GRU(3, **COMMON, reset_after=False, **k),
+    "gru-reset-before-no-bias": lambda **k: layers.GRU(
+        3, **COMMON, reset_after=False, use_bias=False, **k
+    ),
+    "rnn-of-cell": lambda **k: layers.RNN(layers.GRUCell(3, **COMMON), dtype="float64", **k),
+}
+OPTIONS = {
+    "last": {},
+    "sequences": {"return_sequences": True},
+    "backwards": {"go_backwards": True},
+    "backwards-sequences": {"go_backwards": True, "return_sequences": True},
+    "unrolled": {"unroll": True},
+}
+
+
+def adapters_of(layer, trained=lambda v: True):
+    return registry.adapt(layer, trained)
+
+
+def recorded_call(layer, x, **kwargs):
+    with forward_pass.recording([layer], persistent=True, with_activation=[id(layer)]) as recorded:
+        outputs = layer(x, **kwargs)
+    (call,) = recorded.calls[id(layer)]
+    vector = tf.constant(RNG.normal(size=outputs.shape))
+    (gradient,) = recorded.output_gradients([layer], outputs, vector)[id(layer)]
+    return call, gradient, vector
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_products_of_rows(name, option, masked):
+    """The gradient of all weights is the sum over steps of input rows times output rows."""
+    keras.utils.set_random_seed(0)
+    layer, x = LAYERS[name](**OPTIONS[option]), tf.constant(RNG.normal(size=(2, 4, 5)))
+    kwargs = {"mask": tf.constant([[True] * 4, [True, False, True, False]])} if masked else {}
+    kwargs["initial_state"] = [tf.constant(RNG.normal(size=(2, 3)))] * (1 + ("lstm" in name))
+    layer(x)
+    call, gradient, vector = recorded_call(layer, x, **kwargs)
+    adapters = adapters_of(layer)
+    covered = [id(v) for a in adapters for v in a.variables]
+    assert sorted(covered) == sorted(id(v) for v in layer.trainable_weights)
+    with tf.GradientTape() as tape:
+        value = tf.reduce_sum(layer(x, **kwargs) * vector)
+    gradients = tape.gradient(value, {id(v): v.value for v in layer.trainable_weights})
+    for adapter in adapters:
+        inputs, states, back = adapter.observed(call)
+        rows = adapter.output_rows(gradient, inputs, states, back)
+        products = tf.einsum("...bpi,...bpo->...io", adapter.input_rows(inputs, states), rows)
+        assert tuple(products.shape[-2:]) == adapter.dims
+        assert_close(products, adapter.to_matrix(gradients), 1e-12)
+        # A part of the batch has the same rows.
+        part = adapter.output_rows(gradient[:1], inputs[:1], states[:1], back)
+        np.testing.assert_array_equal(part, tf.gather(rows, [0], axis=rows.shape.rank - 3))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_matrices_go_back_to_tensors(name):
+    layer = LAYERS[name]()
+    layer.build((None, 4, 5))
+    for adapter in adapters_of(layer):
+        values = {id(v): tf.constant(RNG.normal(size=v.shape)) for v in adapter.variables}
+        matrix = adapter.to_matrix(values)
+        assert tuple(matrix.shape[-2:]) == adapter.dims
+        back = adapter.from_matrix(matrix)
+        assert back.keys() == values.keys()
+        for key, value in values.items():
+            np.testing.assert_array_equal(back[key], value)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_step_of_one_example_equals_the_ggn(name):
+    """Identity 5."""
+    keras.utils.set_random_seed(0)
+    layer = LAYERS[name]()
+    x, state = keras.Input((1, 5), dtype="float64"), keras.Input((3,), dtype="float64")
+    states = [state] * (1 + ("lstm" in name))
+    model = keras.Model([x, state], layers.Dense(2, dtype="float64")(layer(x, states)))
+    data = [RNG.normal(size=(1, 1, 5)), RNG.normal(size=(1, 3))]
+    y, loss = RNG.normal(size=(1, 2)), LOSS["mse"].make()
+    adapters = adapters_of(layer)
+    for adapter, (a, g) in zip(adapters, factors(model, loss, data, layers=[layer])):
+        dense = dense_ggn(model, loss, data, y, adapter.variables)
+        if adapter.groups is None:
+            assert_close(kron(a, g), dense)
+            continue
+        size = adapter.groups * adapter.dims[1]
+        for group in range(adapter.groups):
+            columns = range(group * adapter.dims[1], (group + 1) * adapter.dims[1])
+            index = [row * size + column for row in range(adapter.dims[0]) for column in columns]
+            assert_close(kron(a[group], g[group]), dense[np.ix_(index, index)])
+
+
+@pytest.mark.parametrize("trained", ["kernel", "recurrent_kernel", "bias"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "gru-reset-before"])
+def test_frozen_weights_leave_the_block_of_the_others(name, trained):
+    layer = LAYERS[name]()
+    layer.build((None, 4, 5))
+    variable = getattr(layer.cell, trained)
+    (adapter,) = adapters_of(layer, lambda v: v is variable)
+    assert adapter.variables == [variable]
+    assert tuple(adapter.to_matrix({id(variable): variable.value}).shape[-2:]) == adapter.dims
+
+
+def test_products_in_double_reverse_mode_are_those_in_forward_mode():
+    model = mlp((4, 5, 3))
+    x = tf.constant(RNG.normal(size=(6, 4)))
+    primals = {id(v): tf.convert_to_tensor(v) for v in model.weights}
+    directions = [
+        {key: tf.constant(RNG.normal(size=value.shape)) for key, value in primals.items()},
+        {id(model.weights[0]): tf.constant(RNG.normal(size=(4, 5)))},
+    ]
+    run = replay.Replay(model, (x,), {})
+    outputs, expected = replay._forward_mode(run.outputs, primals, directions)
+    same, actual = replay._double_reverse_mode(run.outputs, primals, directions)
+    np.testing.assert_array_equal(outputs, same)
+    for one, other in zip(actual, expected):
+        assert_close(one, other, 1e-12)
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+
+def classifier(*body):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [keras.Input((6,), dtype="int32"), layers.Embedding(7, 8), *body, layers.Dense(3)]
+    )
+
+
+def sequences(examples=64):
+    x = np.random.default_rng(0).integers(0, 7, (examples, 6))
+    return x, x[:, -1] % 3
+
+
+BODIES = {
+    "simple": lambda: [layers.SimpleRNN(8)],
+    "lstm": lambda: [layers.LSTM(8)],
+    "gru": lambda: [layers.GRU(8)],
+    "dropout": lambda: [layers.LSTM(8, dropout=0.1, recurrent_dropout=0.1)],
+    "two": lambda: [layers.GRU(8, return_sequences=True, dropout=0.1), layers.LSTM(8)],
+    "both-ways": lambda: [layers.Bidirectional(layers.GRU(8, reset_after=False))],
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_learns(name):
+    model = helpers.compiled(classifier(*BODIES[name]()), KFAC())
+    history = helpers.fit(model, sequences(), epochs=6).history["loss"]
+    assert history[-1] < 0.3 * history[0]
+    coverage = model.optimizer.coverage()
+    assert coverage.fraction == 1, str(coverage)
+    cells = [row for row in coverage if row.layer_type.endswith("Cell")]
+    assert cells and {row.block for row in cells} == {"kronecker"}
+
+
+def test_learns_under_xla():
+    model = helpers.compiled(classifier(layers.LSTM(8, unroll=True)), KFAC(), jit_compile=True)
+    history = helpers.fit(model, sequences(), epochs=6).history["loss"]
+    assert history[-1] < 0.3 * history[0]
+
+
+def test_resumes_from_a_file(tmp_path):
+    model = helpers.compiled(classifier(layers.GRU(4)), KFAC())
+    helpers.fit(model, sequences(32))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        helpers.fit(each, sequences(32))
+    for a, b in zip(model.get_weights(), loaded.get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_observing_draws_the_dropout_of_the_call_and_no_other():
+    """Identity 29: the stream of random numbers stays where it is, and the masks are the same."""
+    layer = layers.LSTM(3, dropout=0.5, return_sequences=True, **COMMON)
+    x = tf.constant(RNG.normal(size=(2, 4, 5)))
+    with forward_pass.recording([layer], persistent=True, with_activation=[id(layer)]) as recorded:
+        outputs = layer(x, training=True)
+    state = layer.cell.seed_generator.state.numpy()
+    (adapter,) = adapters_of(layer)
+    _, states, _ = adapter.observed(recorded.calls[id(layer)][0])
+    np.testing.assert_array_equal(layer.cell.seed_generator.state, state)
+    np.testing.assert_array_equal(states[:, 1:], outputs[:, :-1])
+
+
+def test_recording_leaves_layer_and_cell_as_they_were():
+    model = classifier(layers.LSTM(4, dropout=0.5, stateful=False))
+    before = [dict(vars(layer)) for layer in _keras_internals.flatten_layers(model)]
+    helpers.fit(helpers.compiled(model, KFAC()), sequences(16))
+    model.optimizer.detach()
+    for layer, own in zip(_keras_internals.flatten_layers(model), before):
+        if layer is not model:
+            for name in ("cell", "return_sequences", "bias", "use_bias", "implementation"):
+                assert vars(layer).get(name) is own.get(name)
+
+
+FALLBACKS = {
+    "stacked cells": (
+        lambda: [layers.RNN(layers.StackedRNNCells([layers.LSTMCell(4), layers.GRUCell(4)]))],
+        "no curvature block for cells of class StackedRNNCells yet",
+    ),
+    "convolutional": (
+        lambda: [
+            layers.Reshape((6, 4, 2)),
+            layers.ConvLSTM1D(2, 2),
+            layers.Flatten(),
+        ],
+        "no curvature block for cells of class ConvLSTMCell yet",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_what_has_no_block_says_why_and_trains(name):
+    make, reason = FALLBACKS[name]
+    model = helpers.compiled(classifier(*make()), KFAC())
+    history = helpers.fit(model, sequences(), epochs=4).history["loss"]
+    assert history[-1] < history[0]
+    rows = [row for row in model.optimizer.coverage() if row.block == "fallback"]
+    assert rows and {row.reason for row in rows} == {reason}
