@@ -30,9 +30,9 @@ def loss_logits(outputs: tf.Tensor) -> tf.Tensor | None:
     return getattr(outputs, "_keras_logits", None)
 
 
-def has_mask(outputs: tf.Tensor) -> bool:
-    """Whether Keras masks the outputs in the loss. The mask travels on the tensor."""
-    return getattr(outputs, "_keras_mask", None) is not None
+def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
+    """Which positions Keras counts, in layers and in the loss. The mask travels on the tensor."""
+    return getattr(tensor, "_keras_mask", None)
 
 
 def current_graph() -> Any:

@@ -429,17 +429,6 @@ class TestEmbedding:
         moment, total = dense.input_moment(tf.one_hot(x, 5), tf.constant(weights), tf.float64)
         assert_close(a, np.diag(moment / total)[:4])
 
-    def test_masked_indices_do_not_count(self):
-        """Identity 26: padding is as if it were not there."""
-        layer = layers.Embedding(4, 2, mask_zero=True)
-        layer.build()
-        padded = adapt(layer).input_moment(tf.constant([[1, 2, 0], [3, 0, 0]]), None, tf.float64)
-        single = [
-            adapt(layer).input_moment(tf.constant([row]), None, tf.float64) for row in ([1, 2], [3])
-        ]
-        for part, (one, other) in zip(padded, zip(*single)):
-            np.testing.assert_array_equal(part, one + other)
-
     @pytest.mark.parametrize("exact", [False, True])
     def test_sparse_gradients_are_preconditioned_as_dense_ones(self, exact):
         rng = np.random.default_rng(3)

@@ -68,7 +68,7 @@ def test_gradients_are_products_of_rows(name, option, masked):
         value = tf.reduce_sum(layer(x, **kwargs) * vector)
     gradients = tape.gradient(value, {id(v): v.value for v in layer.trainable_weights})
     for adapter in adapters:
-        inputs, states, back = adapter.observed(call)
+        inputs, states, back, *_ = adapter.observed(call)
         rows = adapter.output_rows(gradient, inputs, states, back)
         products = tf.einsum("...bpi,...bpo->...io", adapter.input_rows(inputs, states), rows)
         assert tuple(products.shape[-2:]) == adapter.dims

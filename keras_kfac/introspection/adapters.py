@@ -171,6 +171,7 @@ class AffineAdapter(LayerAdapter):
 
     kernel_name: str | None = "kernel"
     bias_name: str | None = "bias"
+    has_masks = False  # Whether a mask `[batch, steps]` is for its positions, steps first.
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         super().__init__(layer, trained)
@@ -209,7 +210,15 @@ class AffineAdapter(LayerAdapter):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The second moment of the input rows, and its weight."""
         rows = self.input_rows(tf.cast(inputs, dtype))
-        return factors.input_moment(rows, example_weights, self.diagonal[0])
+        weights = example_weights
+        if observed:
+            weights = factors.row_weights(weights, _stretched(observed[0], tf.shape(rows)[-2]))
+        return factors.input_moment(rows, weights, self.diagonal[0])
+
+    def observed(self, call: LayerCall) -> tuple[Any, ...]:
+        """The mask, if there is one."""
+        is_masked = self.has_masks and self.kernel is not None and call.mask is not None
+        return (call.mask,) if is_masked else ()
 
     def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """Rows of layer inputs: `[..., batch, positions, d_in]`."""
@@ -266,8 +275,15 @@ class AffineAdapter(LayerAdapter):
         return matrix if self.groups is None else tf.transpose(matrix, [1, 0, 2])
 
 
+def _stretched(mask: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+    """A mask for steps that consist of several positions each, `[batch, positions]`."""
+    return tf.repeat(mask, positions // tf.shape(mask)[1], axis=1)
+
+
 class DenseAdapter(AffineAdapter):
     """`keras.layers.Dense` on inputs `[batch, ..., features]`; the middle axes are positions."""
+
+    has_masks = True
 
     @classmethod
     def methods(cls) -> Collection[str]:

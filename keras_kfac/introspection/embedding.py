@@ -58,12 +58,9 @@ class EmbeddingAdapter(LayerAdapter):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """How often each index occurs, and how many indices there are."""
         indices = tf.cast(inputs, tf.int32)
-        weights = tf.ones(tf.shape(indices), dtype)
-        if example_weights is not None:
-            shape = [-1] + [1] * (indices.shape.rank - 1)
-            weights *= tf.reshape(tf.cast(example_weights, dtype), shape)
-        if self.layer.mask_zero:
-            weights = tf.where(indices == 0, tf.zeros_like(weights), weights)
+        indices = tf.reshape(indices, [tf.shape(indices)[0], -1])
+        counts = indices != 0 if self.layer.mask_zero else tf.ones_like(indices)
+        weights = factors.row_weights(example_weights, tf.cast(counts, dtype))
         return factors.index_moment(indices, self.dims[0], weights)
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:

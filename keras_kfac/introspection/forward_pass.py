@@ -26,11 +26,13 @@ class LayerCall(NamedTuple):
         inputs: Its input; the first, if it has several.
         outputs: Its output, before the activation if the layer has one.
         replay: Runs the call again.
+        mask: Which positions of the inputs count, `[batch, positions]`; `None` if all do.
     """
 
     inputs: tf.Tensor
     outputs: tf.Tensor
     replay: Replay
+    mask: tf.Tensor | None = None
 
 
 class ForwardPass:
@@ -184,9 +186,12 @@ def _recorded_calls(
     def recorded_call(*args: Any, **kwargs: Any) -> Any:
         inputs = tf.nest.flatten(args or kwargs)[0]
         replay = Replay(layer, args, kwargs)
+        mask = kwargs.get("mask")
+        if not tf.is_tensor(mask):
+            mask = _keras_internals.mask_of(inputs)
 
         def note(outputs: tf.Tensor) -> None:
-            forward_pass.add_call(layer, LayerCall(inputs, outputs, replay))
+            forward_pass.add_call(layer, LayerCall(inputs, outputs, replay, mask))
 
         if is_whole:
             outputs = call(*args, **kwargs)

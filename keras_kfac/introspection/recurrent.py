@@ -143,7 +143,8 @@ class RecurrentAdapter(LayerAdapter):
                 outputs = outputs[:, -1]
         if self.layer.go_backwards:
             states = tf.reverse(states, axis=[1])
-        return inputs, states, functools.partial(_gradient_of_first, tape, outputs, shift)
+        back = functools.partial(_gradient_of_first, tape, outputs, shift)
+        return inputs, states, back, *([] if call.mask is None else [call.mask])
 
     def _probed(self, call: LayerCall, inputs: tf.Tensor) -> tf.Tensor:
         """Output and state of each step, side by side."""
@@ -165,8 +166,9 @@ class RecurrentAdapter(LayerAdapter):
         *observed: Any,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The second moment of the input rows, and its weight."""
-        rows = self.input_rows(observed[0], observed[1])
-        return factors.input_moment(rows, example_weights, self.diagonal[0])
+        inputs, states, _, *mask = observed
+        weights = factors.row_weights(example_weights, *mask) if mask else example_weights
+        return factors.input_moment(self.input_rows(inputs, states), weights, self.diagonal[0])
 
     def input_rows(self, inputs: tf.Tensor, states: tf.Tensor) -> tf.Tensor:
         """What the weights multiply, `[..., batch, steps, d_in]`."""

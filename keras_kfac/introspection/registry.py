@@ -55,7 +55,7 @@ def find_adapters(layer: keras.Layer) -> tuple[tuple[type[LayerAdapter], ...], s
         if base in ADAPTERS:
             reason = ADAPTERS[base][0].unsupported_reason(layer, base)
             return (ADAPTERS[base], "") if reason is None else ((), reason)
-    return (), f"no curvature block for {type(layer).__name__} yet"
+    return (), f"no curvature block for {type(layer).__name__}: see keras_kfac.register"
 
 
 def adapt(layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> list[LayerAdapter]:

@@ -137,7 +137,9 @@ def _score(
     outputs = single_output(forward_pass)
     coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
     examples = None if part.is_whole else part.examples(tf.shape(coefficients))
-    is_weighted = forward_pass.sample_weight is not None or _keras_internals.has_mask(outputs)
+    is_weighted = (
+        forward_pass.sample_weight is not None or _keras_internals.mask_of(outputs) is not None
+    )
     item = _ScoredPass(forward_pass, outputs, coefficients, is_weighted, examples, {})
 
     def used(thing: Any) -> Any:

@@ -27,8 +27,30 @@ def _merge_positions(rows: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(merged, [*rows.shape[:-3], None, rows.shape[-1]])
 
 
+def row_weights(example_weights: tf.Tensor | None, mask: tf.Tensor) -> tf.Tensor:
+    """Spreads the weight of an example over those of its positions that count.
+
+    Args:
+        example_weights: `[batch]`; `None` weights all examples alike.
+        mask: `[batch, positions]`, 1 for the positions that count and 0 for the others.
+
+    Returns:
+        `[batch, positions]`, on average over positions the weight of the example; 0 for an example
+        of which none counts.
+
+    Example:
+    >>> mask = tf.constant([[1.0, 1.0], [1.0, 0.0]])
+    >>> row_weights(tf.constant([3.0, 1.0]), mask).numpy().tolist()
+    [[3.0, 3.0], [2.0, 0.0]]
+    """
+    weights = tf.math.divide_no_nan(mask, tf.reduce_mean(mask, axis=1, keepdims=True))
+    if example_weights is None:
+        return weights
+    return weights * tf.cast(example_weights, mask.dtype)[:, tf.newaxis]
+
+
 def input_moment(
-    rows: tf.Tensor, example_weights: tf.Tensor | None = None, diagonal: bool = False
+    rows: tf.Tensor, weights: tf.Tensor | None = None, diagonal: bool = False
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sum of `a aᵀ` over examples and positions, and the weight of the sum.
 
@@ -36,22 +58,24 @@ def input_moment(
 
     Args:
         rows: `[..., batch, positions, d_in]`.
-        example_weights: `[batch]`, non-negative, any scale; `None` weights all examples alike.
-            An example of weight 0 does not count, whatever it holds.
+        weights: Of examples `[batch]`, or of rows `[batch, positions]`; non-negative, any scale;
+            `None` weights all alike. What has weight 0 does not count, whatever it holds.
         diagonal: Whether to compute the diagonal only.
 
     Returns:
         `[..., d_in, d_in]`, or `[..., d_in]`, and a scalar.
     """
-    positions = tf.cast(tf.shape(rows)[-2], rows.dtype)
-    if example_weights is None:
-        total = tf.cast(tf.shape(rows)[-3], rows.dtype)
-    else:
-        weights = tf.cast(example_weights, rows.dtype)[:, tf.newaxis, tf.newaxis]
-        # `where` and not a product alone: 0 * inf of an ignored example must be 0.
-        rows = tf.where(weights > 0, rows * tf.sqrt(weights), tf.zeros_like(rows))
-        total = tf.reduce_sum(weights)
-    return _moment(rows, diagonal), total * positions
+    shape = tf.cast(tf.shape(rows), rows.dtype)
+    if weights is None:
+        return _moment(rows, diagonal), shape[-3] * shape[-2]
+    weights = tf.cast(weights, rows.dtype)
+    total = tf.reduce_sum(weights)
+    if weights.shape.rank == 1:
+        weights, total = weights[:, tf.newaxis], total * shape[-2]
+    weights = weights[..., tf.newaxis]
+    # `where` and not a product alone: 0 * inf of an ignored row must be 0.
+    rows = tf.where(weights > 0, rows * tf.sqrt(weights), tf.zeros_like(rows))
+    return _moment(rows, diagonal), total
 
 
 def index_moment(indices: tf.Tensor, size: int, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
