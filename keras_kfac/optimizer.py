@@ -1,7 +1,8 @@
 """The K-FAC optimizer."""
 
-from collections.abc import Sequence
-from typing import Any
+import concurrent.futures
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import keras
 import tensorflow as tf
@@ -15,6 +16,20 @@ from keras_kfac.problem_report import ProblemReport
 from keras_kfac.settings import ADAPTIVE
 from keras_kfac.step import Batch, all_finite
 from keras_kfac.stepping import SteppingOptimizer
+
+T = TypeVar("T")
+
+
+def _outside_graphs(function: Callable[[], T]) -> T:
+    """Calls a function that creates variables where no graph is being built: in another thread.
+
+    A `tf.function` in which variables come to be traces all of it a second time, and notices those
+    of a `tf.init_scope` too.
+    """
+    if tf.executing_eagerly() or tf.distribute.has_strategy():
+        return function()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
@@ -165,7 +180,7 @@ class KFAC(SteppingOptimizer):
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             if not self.built:
-                self.build(trainable_variables)
+                _outside_graphs(lambda: self.build(trainable_variables))
         passes = attachment.take_passes()
         loss = attachment.loss()
         # What is unknown raises here, and not in a branch of the step or at some later one.
@@ -173,7 +188,7 @@ class KFAC(SteppingOptimizer):
             _ = loss.known_likelihood
         if self._damping_rule is not None:
             _ = [forward_pass.single_target() for forward_pass in passes]
-        built = self._build_curvature(passes)
+        built = _outside_graphs(lambda: self._build_curvature(passes))
 
         is_burning_in = self._is_burning_in()
 
