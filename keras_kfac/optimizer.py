@@ -36,8 +36,9 @@ def _outside_graphs(function: Callable[[], T]) -> T:
 class KFAC(SteppingOptimizer):
     """Natural gradient descent with Kronecker-factored approximate curvature (K-FAC).
 
-    For every layer that is an affine map (dense, einsum, convolution) with input rows `ā` (the 1 of
-    the bias included) and pre-activation gradients `g` the optimizer keeps moving averages of
+    For every layer that is an affine map (dense, einsum, convolution, embedding, a step of a
+    recurrent layer) with input rows `ā` (the 1 of the bias included) and pre-activation gradients
+    `g` the optimizer keeps moving averages of
 
         A = E[ā āᵀ],   G = E[g gᵀ]   (scaled so that A ⊗ G is the Fisher block of the model's loss)
 
@@ -50,8 +51,11 @@ class KFAC(SteppingOptimizer):
     minimise the quadratic model of the loss with its exact Gauss-Newton matrix, averaged over as
     many steps as the noise between batches asks for, and `λ` follows how well that model predicts
     the loss. Up to three groups of layers then have rates of their own, whose mean is `α`: they
-    make up for the blocks between layers. Weights of other layers are stepped by the `fallback`
-    optimizer.
+    make up for the blocks between layers.
+
+    Scales and offsets (normalisation, PReLU) have blocks of exact gradients, example by example.
+    Weights of layers that are not known are stepped by the `fallback` optimizer; `register` makes
+    them known.
 
     `A ⊗ G` equals the layer's Fisher block for one example, and for deep linear networks with
     squared loss; otherwise it assumes inputs and output gradients to be independent. Blocks between
@@ -86,9 +90,9 @@ class KFAC(SteppingOptimizer):
             `factor_update_period`. Fewer at first, likewise.
         fisher: Which Fisher matrix: `"sampled"` (the true one, targets sampled from the model: one
             more backward pass per factor update, of which half of the batch counts, at least 128
-            examples), `"exact"` (the same without sampling noise: one backward pass per output) or
-            `"empirical"` (from the training targets; works with any loss, and is a different
-            matrix).
+            rows of outputs and 8 examples), `"exact"` (the same without sampling noise: one
+            backward pass per output) or `"empirical"` (from the training targets; works with any
+            loss, and is a different matrix).
         exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
             factors, in place of the factored one above. Both work about as well; eigenbases take
             several times as long to compute.

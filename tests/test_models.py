@@ -218,3 +218,17 @@ def test_architectures_are_covered(name):
     before = len(optimizer.variables)
     assert optimizer.coverage().fraction > 0.95
     assert len(optimizer.variables) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["MobileNetV3Small", "ResNet50", "EfficientNetV2B0", "ConvNeXtTiny"]
+)
+def test_architectures_take_finite_steps(name):
+    keras.utils.set_random_seed(0)
+    model = getattr(keras.applications, name)(weights=None, classes=10, input_shape=(32, 32, 3))
+    model.compile(KFAC(), "sparse_categorical_crossentropy")
+    x, y = RNG.uniform(0, 255, (32, 32, 32, 3)), RNG.integers(0, 10, 32)
+    history = model.fit(x, y, 16, 2, 0, [helpers.KFACCallback()]).history["loss"]
+    assert np.isfinite(history).all()
+    assert all(np.isfinite(weights).all() for weights in model.get_weights())

@@ -19,8 +19,8 @@ class PerExampleAdapter(LayerAdapter):
 
     The input factor is 1, and the rows of the "outputs" are the gradients of all weights for one
     example, so that the output factor is the Fisher matrix of the weights itself: in full if they
-    are few (256), else its diagonal, by as many groups of one weight. Nothing is approximated but
-    what lies between layers, in any network.
+    are few (256), else its diagonal. Nothing is approximated but what lies between layers, in any
+    network.
 
     A subclass defines `example_gradients`.
     """
@@ -43,18 +43,22 @@ class PerExampleAdapter(LayerAdapter):
     @property
     def block(self) -> str:
         """Whether the block is full or diagonal."""
-        return "full" if self.groups is None else "diagonal"
-
-    @property
-    def groups(self) -> int | None:
-        """One group if the block is full, else one for each weight."""
-        count = sum(self._sizes)
-        return count if count > MAX_FULL_BLOCK else None
+        return "diagonal" if self.diagonal[1] else "full"
 
     @property
     def dims(self) -> tuple[int, int]:
-        """One row; a column for each weight of a group."""
-        return 1, sum(self._sizes) if self.groups is None else 1
+        """One row; a column for each weight."""
+        return 1, sum(self._sizes)
+
+    @property
+    def diagonal(self) -> tuple[bool, bool]:
+        """Whether the weights are too many for a full block."""
+        return False, self.dims[1] > MAX_FULL_BLOCK
+
+    @property
+    def too_large(self) -> tuple[bool, bool]:
+        """What `block` says already."""
+        return False, False
 
     def input_moment(
         self,
@@ -67,13 +71,11 @@ class PerExampleAdapter(LayerAdapter):
         return tf.ones(self.factor_shapes[0], dtype), tf.ones((), dtype)
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
-        """Gradients of the weights for each example: `[..., batch, 1, d_out]`."""
+        """Gradients of the weights for each example: `[batch, 1, d_out]`."""
         parts = self.example_gradients(gradients, *observed)
         batch = tf.shape(gradients)[0]
-        rows = tf.concat([tf.reshape(parts[id(v)], [batch, -1]) for v in self._variables], axis=-1)
-        if self.groups is None:
-            return rows[:, tf.newaxis, :]
-        return tf.transpose(rows)[..., tf.newaxis, tf.newaxis]
+        rows = [tf.reshape(parts[id(v)], [batch, 1, -1]) for v in self._variables]
+        return tf.concat(rows, axis=-1)
 
     @abc.abstractmethod
     def example_gradients(self, gradients: tf.Tensor, *observed: Any) -> Gradients:
@@ -85,14 +87,13 @@ class PerExampleAdapter(LayerAdapter):
         """
 
     def to_matrix(self, gradients: Gradients) -> tf.Tensor:
-        """Joins the gradients of the variables into `[1, weights]` or `[weights, 1, 1]`."""
-        parts = [tf.reshape(gradients[id(v)], [-1]) for v in self._variables]
-        joined = tf.concat(parts, axis=0)
-        return joined[tf.newaxis, :] if self.groups is None else joined[:, tf.newaxis, tf.newaxis]
+        """Joins the gradients of the variables into `[1, weights]`."""
+        parts = [tf.reshape(gradients[id(v)], [1, -1]) for v in self._variables]
+        return tf.concat(parts, axis=-1)
 
     def from_matrix(self, matrix: tf.Tensor) -> Gradients:
         """Inverse of `to_matrix`."""
-        parts = tf.split(tf.reshape(matrix, [-1]), self._sizes)
+        parts = tf.split(matrix, self._sizes, axis=-1)
         return {id(v): tf.reshape(part, v.shape) for v, part in zip(self._variables, parts)}
 
 
