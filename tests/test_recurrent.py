@@ -50,8 +50,10 @@ def recorded_call(layer, x, **kwargs):
     return call, gradient, vector
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("option", "masked"),
+    [*((option, False) for option in OPTIONS), ("last", True), ("backwards-sequences", True)],
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_are_products_of_rows(name, option, masked):
     """The gradient of all weights is the sum over steps of input rows times output rows."""

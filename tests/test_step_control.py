@@ -179,7 +179,7 @@ class TestReplay:
         model = mlp((4, 5, 3))
         x = tf.constant(RNG.normal(size=(6, 4)))
         replay = Replay(model, (x,), {"training": True})
-        assert_close(replay.outputs({}, examples=2), model(x[:2]))
+        assert_close(replay.outputs({}, lambda batch: batch[:2]), model(x[:2]))
 
     def test_works_where_call_does_not_take_training(self):
         class Plain(keras.Model):
