@@ -251,9 +251,8 @@ def test_best_leaves_out_what_is_not_finite():
 
 
 def loss_after_a_step(damping):
-    model = helpers.compiled(
-        helpers.mlp(), KFAC(damping=damping, fisher="exact", momentum=0.0, kl_clip=None)
-    )
+    optimizer = KFAC(damping=damping, fisher="exact", momentum=0.0, kl_clip=None)
+    model = helpers.compiled(helpers.mlp(), optimizer, run_eagerly=True)
     batch = helpers.vectors()
     helpers.fit(model, batch, batch_size=len(batch[0]))
     return helpers.mean_loss(model, batch), model.optimizer

@@ -138,7 +138,17 @@ def updates(mode: Mode) -> int:
     return EPOCHS * batches // mode.optimizer.get("gradient_accumulation_steps", 1)
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+# Compiled by XLA, each takes half a minute; one of them is enough for every change.
+SLOW = ("preconditioner_jit", "calibrated_jit", "mixed_float16_jit")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(mode, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, mode in MODES.items()
+    ],
+)
 def test_every_mode_trains(mode: Mode) -> None:
     data = helpers.images(mode.examples)
     untrained = helpers.mean_loss(helpers.cnn(), data)

@@ -331,8 +331,9 @@ class TestExactQuadratic:
         model, x, y = linear_regression(keras.regularizers.L2(0.25) if name == "l2" else None)
         rule = LevenbergMarquardt(initial=0.1, period=1)
         optimizer = KFAC(damping=rule, **EVERY_STEP, **MODELLED[name])
+        train(model, optimizer, x, y, 0)
         for _ in range(4):
-            train(model, optimizer, x, y, 1)
+            model.train_on_batch(x, y)
             assert float(optimizer.reduction_ratio) == pytest.approx(1, abs=1e-8)
 
     def test_ratio_is_not_one_with_damping_inside(self):
@@ -395,9 +396,9 @@ class TestExactQuadratic:
     def test_signal_share_is_small_where_gradients_are_noise(self):
         model, x, _ = linear_regression(examples=8)
         optimizer = KFAC(damping=1.0, **EVERY_STEP)
-        rng = np.random.default_rng(5)
-        for _ in range(60):
-            train(model, optimizer, x, rng.normal(size=(8, 2)), 1)
+        noise = np.random.default_rng(5).normal(size=(60 * 8, 2))
+        loss = keras.losses.MeanSquaredError(dtype="float64")
+        helpers.fit(helpers.compiled(model, optimizer, loss), (np.tile(x, (60, 1)), noise))
         assert float(optimizer.signal_share) < 0.5
 
 
