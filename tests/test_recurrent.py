@@ -1,5 +1,7 @@
 """Recurrent layers: their rows and gradients at each step, their blocks, and how they train."""
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -27,14 +29,36 @@ LAYERS = {
         3, **COMMON, reset_after=False, use_bias=False, **k
     ),
     "rnn-of-cell": lambda **k: layers.RNN(layers.GRUCell(3, **COMMON), dtype="float64", **k),
+    "stacked": lambda **k: layers.RNN(
+        layers.StackedRNNCells(
+            [layers.LSTMCell(2, **COMMON), layers.GRUCell(3, **COMMON)], dtype="float64"
+        ),
+        dtype="float64",
+        **k,
+    ),
+    "conv-lstm": lambda **k: layers.ConvLSTM1D(2, 3, padding="same", **COMMON, **k),
+    "conv-lstm-strided": lambda **k: layers.ConvLSTM2D(2, (2, 3), strides=(1, 2), **COMMON, **k),
+    "conv-lstm-no-bias": lambda **k: layers.ConvLSTM1D(
+        2, 3, dilation_rate=2, use_bias=False, **COMMON, **k
+    ),
 }
+SHAPES = {"conv-lstm": (4, 3), "conv-lstm-strided": (3, 5, 2), "conv-lstm-no-bias": (6, 2)}
 OPTIONS = {
     "last": {},
     "sequences": {"return_sequences": True},
     "backwards": {"go_backwards": True},
     "backwards-sequences": {"go_backwards": True, "return_sequences": True},
     "unrolled": {"unroll": True},
+    "states": {"return_state": True},
 }
+
+
+def inputs_for(name, examples, steps=4):
+    return RNG.normal(size=(examples, steps, *SHAPES.get(name, (5,))))
+
+
+def random_like(structure):
+    return tf.nest.map_structure(lambda x: tf.constant(RNG.normal(size=x.shape)), structure)
 
 
 def adapters_of(layer, trained=lambda v: True):
@@ -45,7 +69,7 @@ def recorded_call(layer, x, **kwargs):
     with forward_pass.recording([layer], persistent=True, with_activation=[id(layer)]) as recorded:
         outputs = layer(x, **kwargs)
     (call,) = recorded.calls[id(layer)]
-    vector = tf.constant(RNG.normal(size=outputs.shape))
+    vector = random_like(outputs)
     (gradient,) = recorded.output_gradients([layer], outputs, vector)[id(layer)]
     return call, gradient, vector
 
@@ -58,16 +82,17 @@ def recorded_call(layer, x, **kwargs):
 def test_gradients_are_products_of_rows(name, option, masked):
     """The gradient of all weights is the sum over steps of input rows times output rows."""
     keras.utils.set_random_seed(0)
-    layer, x = LAYERS[name](**OPTIONS[option]), tf.constant(RNG.normal(size=(2, 4, 5)))
+    layer, x = LAYERS[name](**OPTIONS[option]), tf.constant(inputs_for(name, 2))
     kwargs = {"mask": tf.constant([[True] * 4, [True, False, True, False]])} if masked else {}
-    kwargs["initial_state"] = [tf.constant(RNG.normal(size=(2, 3)))] * (1 + ("lstm" in name))
     layer(x)
+    kwargs["initial_state"] = random_like(layer.get_initial_state(2))
     call, gradient, vector = recorded_call(layer, x, **kwargs)
     adapters = adapters_of(layer)
     covered = [id(v) for a in adapters for v in a.variables]
     assert sorted(covered) == sorted(id(v) for v in layer.trainable_weights)
     with tf.GradientTape() as tape:
-        value = tf.reduce_sum(layer(x, **kwargs) * vector)
+        outputs = tf.nest.flatten(layer(x, **kwargs))
+        value = sum(tf.reduce_sum(o * v) for o, v in zip(outputs, tf.nest.flatten(vector)))
     gradients = tape.gradient(value, {id(v): v.value for v in layer.trainable_weights})
     for adapter in adapters:
         inputs, states, back, *_ = adapter.observed(call)
@@ -76,14 +101,15 @@ def test_gradients_are_products_of_rows(name, option, masked):
         assert tuple(products.shape[-2:]) == adapter.dims
         assert_close(products, adapter.to_matrix(gradients), 1e-12)
         # A part of the batch has the same rows.
-        part = adapter.output_rows(gradient[:1], inputs[:1], states[:1], back)
+        first = tf.nest.map_structure(lambda g: g[:1], gradient)
+        part = adapter.output_rows(first, inputs[:1], states[:1], back)
         np.testing.assert_array_equal(part, tf.gather(rows, [0], axis=rows.shape.rank - 3))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_matrices_go_back_to_tensors(name):
     layer = LAYERS[name]()
-    layer.build((None, 4, 5))
+    layer(inputs_for(name, 1))
     for adapter in adapters_of(layer):
         values = {id(v): tf.constant(RNG.normal(size=v.shape)) for v in adapter.variables}
         matrix = adapter.to_matrix(values)
@@ -94,15 +120,20 @@ def test_matrices_go_back_to_tensors(name):
             np.testing.assert_array_equal(back[key], value)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in SHAPES] + ["conv-lstm"])
 def test_one_step_of_one_example_equals_the_ggn(name):
-    """Identity 5."""
+    """Identity 5; of a convolution with one pixel."""
     keras.utils.set_random_seed(0)
     layer = LAYERS[name]()
-    x, state = keras.Input((1, 5), dtype="float64"), keras.Input((3,), dtype="float64")
-    states = [state] * (1 + ("lstm" in name))
-    model = keras.Model([x, state], layers.Dense(2, dtype="float64")(layer(x, states)))
-    data = [RNG.normal(size=(1, 1, 5)), RNG.normal(size=(1, 3))]
+    data = tf.constant(RNG.normal(size=(1, 1, *((1, 3) if name in SHAPES else (5,)))))
+    layer(data)
+    state = random_like(layer.get_initial_state(1))
+    inputs = tf.nest.map_structure(
+        lambda x: keras.Input(x.shape[1:], dtype="float64"), [data, state]
+    )
+    outputs = layers.Dense(2, dtype="float64")(layers.Flatten()(layer(*inputs)))
+    model = keras.Model(inputs, outputs)
+    data = [data, state]
     y, loss = RNG.normal(size=(1, 2)), LOSS["mse"].make()
     adapters = adapters_of(layer)
     for adapter, (a, g) in zip(adapters, factors(model, loss, data, layers=[layer])):
@@ -161,11 +192,13 @@ def sequences(examples=64):
 
 BODIES = {
     "simple": lambda: [layers.SimpleRNN(8)],
-    "lstm": lambda: [layers.LSTM(8)],
-    "gru": lambda: [layers.GRU(8)],
-    "dropout": lambda: [layers.LSTM(8, dropout=0.1, recurrent_dropout=0.1)],
-    "two": lambda: [layers.GRU(8, return_sequences=True, dropout=0.1), layers.LSTM(8)],
     "both-ways": lambda: [layers.Bidirectional(layers.GRU(8, reset_after=False))],
+    "stacked": lambda: [layers.RNN([layers.LSTMCell(8, dropout=0.1), layers.GRUCell(8)])],
+    "convolutional": lambda: [
+        layers.Reshape((6, 4, 2)),
+        layers.ConvLSTM1D(4, 2, dropout=0.1, recurrent_dropout=0.1),
+        layers.Flatten(),
+    ],
 }
 
 
@@ -180,21 +213,11 @@ def test_learns(name):
     assert cells and {row.block for row in cells} == {"kronecker"}
 
 
+@pytest.mark.slow
 def test_learns_under_xla():
     model = helpers.compiled(classifier(layers.LSTM(8, unroll=True)), KFAC(), jit_compile=True)
     history = helpers.fit(model, sequences(), epochs=6).history["loss"]
     assert history[-1] < 0.3 * history[0]
-
-
-def test_resumes_from_a_file(tmp_path):
-    model = helpers.compiled(classifier(layers.GRU(4)), KFAC())
-    helpers.fit(model, sequences(32))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    for each in (model, loaded):
-        helpers.fit(each, sequences(32))
-    for a, b in zip(model.get_weights(), loaded.get_weights()):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_observing_draws_the_dropout_of_the_call_and_no_other():
@@ -221,27 +244,33 @@ def test_recording_leaves_layer_and_cell_as_they_were():
                 assert vars(layer).get(name) is own.get(name)
 
 
-FALLBACKS = {
-    "stacked cells": (
-        lambda: [layers.RNN(layers.StackedRNNCells([layers.LSTMCell(4), layers.GRUCell(4)]))],
-        "no curvature block for cells of class StackedRNNCells yet",
-    ),
-    "convolutional": (
-        lambda: [
-            layers.Reshape((6, 4, 2)),
-            layers.ConvLSTM1D(2, 2),
-            layers.Flatten(),
-        ],
-        "no curvature block for cells of class ConvLSTMCell yet",
-    ),
-}
+class SlowCell(layers.SimpleRNNCell):
+    """A cell with mathematics of its own."""
+
+    def call(self, sequence, states, training=False):
+        output, new_states = super().call(sequence, states, training)
+        return output, [(states[0] + new_states[0]) / 2]
 
 
-@pytest.mark.parametrize("name", FALLBACKS)
-def test_what_has_no_block_says_why_and_trains(name):
-    make, reason = FALLBACKS[name]
-    model = helpers.compiled(classifier(*make()), KFAC())
+def test_a_cell_of_a_user_says_why_it_has_no_block_and_trains():
+    model = helpers.compiled(classifier(layers.RNN([layers.GRUCell(4), SlowCell(4)])), KFAC())
     history = helpers.fit(model, sequences(), epochs=4).history["loss"]
     assert history[-1] < history[0]
     rows = [row for row in model.optimizer.coverage() if row.block == "fallback"]
-    assert rows and {row.reason for row in rows} == {reason}
+    assert rows and {row.reason for row in rows} == {
+        "no curvature block for cells of class SlowCell"
+    }
+
+
+def test_encoder_whose_states_start_a_decoder_learns():
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6,), dtype="int32")
+    embedded = layers.Embedding(7, 8)(x)
+    lstm = partial(layers.LSTM, 8, dropout=0.1, recurrent_dropout=0.1)
+    _, *state = lstm(return_state=True)(embedded)
+    decoded = lstm(return_sequences=True)(embedded, initial_state=state)
+    model = helpers.compiled(keras.Model(x, layers.Dense(7)(decoded)), KFAC())
+    tokens, _ = sequences()
+    history = helpers.fit(model, (tokens, tokens[:, ::-1]), epochs=20).history["loss"]
+    assert history[-1] < 0.5 * history[0]
+    assert model.optimizer.coverage().fraction == 1

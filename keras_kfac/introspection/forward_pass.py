@@ -24,15 +24,17 @@ class LayerCall(NamedTuple):
 
     Attributes:
         inputs: Its input; the first, if it has several.
-        outputs: Its output, before the activation if the layer has one.
+        outputs: Its output, before the activation if the layer has one; or several.
         replay: Runs the call again.
         mask: Which positions of the inputs count, `[batch, positions]`; `None` if all do.
+        memo: What has been found out about it, by keys of those who did.
     """
 
     inputs: tf.Tensor
-    outputs: tf.Tensor
+    outputs: Any
     replay: Replay
-    mask: tf.Tensor | None = None
+    mask: tf.Tensor | None
+    memo: dict[Any, Any]
 
 
 class ForwardPass:
@@ -96,10 +98,11 @@ class ForwardPass:
                 "called inside a loop or tf.function of its own, where its tensors are out of reach"
             )
             return
-        if not tf.is_tensor(call.outputs):
-            self.unreachable[id(layer)] = "it does not return one tensor"
+        outputs = tf.nest.flatten(call.outputs)
+        if not all(map(tf.is_tensor, outputs)):
+            self.unreachable[id(layer)] = "it returns other things than tensors"
             return
-        self.tape.watch(call.outputs)
+        self.tape.watch(outputs)
         self.calls.setdefault(id(layer), []).append(call)
 
     def output_gradients(
@@ -108,8 +111,8 @@ class ForwardPass:
         """Back-propagates `vectors` from `targets` to the outputs of `layers`.
 
         Returns:
-            Gradients of each layer's calls, by `id` of the layer; zero where the targets do not
-            depend on the layer.
+            Gradients of each layer's calls, shaped as their outputs, by `id` of the layer; zero
+            where the targets do not depend on the layer.
         """
         sources = {
             id(layer): [call.outputs for call in self.calls.get(id(layer), [])] for layer in layers
@@ -190,8 +193,8 @@ def _recorded_calls(
         if not tf.is_tensor(mask):
             mask = _keras_internals.mask_of(inputs)
 
-        def note(outputs: tf.Tensor) -> None:
-            forward_pass.add_call(layer, LayerCall(inputs, outputs, replay, mask))
+        def note(outputs: Any) -> None:
+            forward_pass.add_call(layer, LayerCall(inputs, outputs, replay, mask, {}))
 
         if is_whole:
             outputs = call(*args, **kwargs)

@@ -73,7 +73,7 @@ class PerExampleAdapter(LayerAdapter):
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Gradients of the weights for each example: `[batch, 1, d_out]`."""
         parts = self.example_gradients(gradients, *observed)
-        batch = tf.shape(gradients)[0]
+        batch = tf.shape(tf.nest.flatten(gradients)[0])[0]
         rows = [tf.reshape(parts[id(v)], [batch, 1, -1]) for v in self._variables]
         return tf.concat(rows, axis=-1)
 
@@ -82,7 +82,7 @@ class PerExampleAdapter(LayerAdapter):
         """Gradients of the variables for each example: `[batch, size]`, by `id` of the variable.
 
         Args:
-            gradients: Of the layer's outputs.
+            gradients: Of the layer's outputs, shaped as these.
             observed: What `observed` noted of the call.
         """
 
@@ -176,6 +176,7 @@ class RawWeightsAdapter(PerExampleAdapter):
     def example_gradients(self, gradients: tf.Tensor, *observed: Any) -> Gradients:
         """Gradients of the weights for each example, by as many passes backwards."""
         replay, values = observed[0], {id(v): tf.convert_to_tensor(v) for v in self._variables}
+        arrived = tf.nest.flatten(gradients)
 
         def of_example(index: tf.Tensor) -> Gradients:
             def cut(tensor: tf.Tensor) -> tf.Tensor:
@@ -183,12 +184,12 @@ class RawWeightsAdapter(PerExampleAdapter):
 
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(values)
-                outputs = replay.outputs(values, cut)
-                product = tf.reduce_sum(tf.cast(outputs, gradients.dtype) * cut(gradients))
-            return tape.gradient(product, values, unconnected_gradients="zero")
+                outputs = tf.nest.flatten(replay.outputs(values, cut))
+                vectors = [tf.cast(cut(g), o.dtype) for g, o in zip(arrived, outputs)]
+            return tape.gradient(outputs, values, vectors, unconnected_gradients="zero")
 
-        parts = tf.vectorized_map(of_example, tf.range(tf.shape(gradients)[0]))
-        return {key: tf.cast(part, gradients.dtype) for key, part in parts.items()}
+        parts = tf.vectorized_map(of_example, tf.range(tf.shape(arrived[0])[0]))
+        return {key: tf.cast(part, arrived[0].dtype) for key, part in parts.items()}
 
 
 def sum_over_others(tensor: tf.Tensor, axes: Collection[int]) -> tf.Tensor:

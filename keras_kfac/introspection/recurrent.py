@@ -1,68 +1,35 @@
-"""Adapters of recurrent layers: every time step is a position (Martens, Ba & Johnson 2018).
-
-What happens inside the loop over time is out of reach, so the layer is run again with a probe in
-place of its cell. The probe puts out the state that each step begins with beside what the cell puts
-out, and adds a shift of zeros to the cell's bias: the gradient by the shift is that by the
-pre-activations, at every step.
-"""
+"""Adapters of recurrent layers: every time step is a position (Martens, Ba & Johnson 2018)."""
 
 import contextlib
-import functools
-import inspect
+import math
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import Gradients, LayerAdapter, layer_path
+from keras_kfac import _keras_internals
+from keras_kfac.introspection.adapters import (
+    Gradients,
+    LayerAdapter,
+    layer_path,
+    masked_moment,
+    rows_of_positions,
+)
 from keras_kfac.introspection.forward_pass import LayerCall, instance_attribute
-from keras_kfac.math import factors
+from keras_kfac.introspection.recurrent_steps import Steps, steps_of
+from keras_kfac.math import patches
 
 layers = keras.layers
 
 
-class _Probe:
-    """Stands in for a cell; takes inputs and shift side by side, puts out output and state so.
-
-    Args:
-        cell: The cell.
-        shift_size: Columns of the shift.
-        kwargs: More arguments for the cell.
-    """
-
-    def __init__(self, cell: keras.Layer, shift_size: int, kwargs: dict[str, Any]) -> None:
-        self._cell = cell
-        self._shift_size = shift_size
-        self._kwargs = kwargs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cell, name)
-
-    def __call__(self, inputs: tf.Tensor, states: Any, **kwargs: Any) -> tuple[tf.Tensor, Any]:
-        inputs, shift = tf.split(inputs, [-1, self._shift_size], axis=-1)
-        with contextlib.ExitStack() as stack:
-            # Implementation 2 adds the bias whole; 1 would cut it up, for dropout of the states.
-            changes = {"use_bias": True, "bias": self._bias(shift), "implementation": 2}
-            for name, value in changes.items():
-                stack.enter_context(instance_attribute(self._cell, name, value))
-            output, new_states = self._cell(inputs, states, **self._kwargs)
-        return tf.concat([output, tf.nest.flatten(states)[0]], axis=-1), new_states
-
-    def _bias(self, shift: tf.Tensor) -> tf.Tensor:
-        """The bias plus the shift, for each example; two of them for a GRU that resets later."""
-        given = self._cell.bias
-        bias = tf.zeros([1, self._shift_size], shift.dtype)
-        if given is not None:
-            bias = tf.reshape(tf.cast(tf.convert_to_tensor(given), shift.dtype), [1, -1])
-        shifted = bias + shift
-        if not _resets_after(self._cell):
-            return shifted
-        return tf.stack(tf.split(shifted, 2, axis=-1))
-
-
 def _resets_after(cell: keras.Layer) -> bool:
     return isinstance(cell, layers.GRUCell) and cell.reset_after
+
+
+def _cells(layer: keras.Layer) -> list[keras.Layer]:
+    stacked = isinstance(layer.cell, layers.StackedRNNCells)
+    return layer.cell.cells if stacked else [layer.cell]
 
 
 class RecurrentAdapter(LayerAdapter):
@@ -75,13 +42,23 @@ class RecurrentAdapter(LayerAdapter):
     cells: tuple[type[keras.Layer], ...]  # The cells that have this part.
     with_activation = True
 
-    def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
+    def __init__(
+        self,
+        layer: keras.Layer,
+        trained: Callable[[keras.Variable], bool],
+        cell: keras.Layer | None = None,
+    ) -> None:
         super().__init__(layer, trained)
-        self._cell = layer.cell
+        self._cell = cell or layer.cell
         self._weights: dict[str, keras.Variable] = {}
         if isinstance(self._cell, self.cells):
             found = {name: getattr(self._cell, name) for name in self.names(self._cell)}
             self._weights = {k: v for k, v in found.items() if v is not None and trained(v)}
+
+    @classmethod
+    def of(cls, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> list[Self]:
+        """One for each cell."""
+        return [cls(layer, trained, cell) for cell in _cells(layer)]
 
     @staticmethod
     def names(cell: keras.Layer) -> tuple[str, ...]:
@@ -96,10 +73,9 @@ class RecurrentAdapter(LayerAdapter):
     @classmethod
     def unsupported_reason(cls, layer: keras.Layer, base: type[keras.Layer]) -> str | None:
         """Why `layer` can't be adapted; `None` if it can."""
-        if type(layer.cell) not in (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell):
-            return f"no curvature block for cells of class {type(layer.cell).__name__} yet"
-        if layer.return_state:
-            return "it returns its states, too"
+        for cell in _cells(layer):
+            if type(cell) not in (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell):
+                return f"no curvature block for cells of class {type(cell).__name__}"
         return super().unsupported_reason(layer, base)
 
     @property
@@ -115,12 +91,9 @@ class RecurrentAdapter(LayerAdapter):
     @property
     def dims(self) -> tuple[int, int]:
         """`(d_in, d_out)` of the block."""
-        rows = {"kernel": self._features, "recurrent_kernel": self._cell.units, "bias": 1}
-        return sum(rows[name] for name in self._weights), self._columns // (self.groups or 1)
-
-    @property
-    def _features(self) -> int:
-        return self._cell.kernel.shape[0]
+        weights = self._weights.items()
+        rows = [1 if name == "bias" else math.prod(v.shape[:-1]) for name, v in weights]
+        return sum(rows), self._columns // (self.groups or 1)
 
     @property
     def _columns(self) -> int:
@@ -128,35 +101,35 @@ class RecurrentAdapter(LayerAdapter):
         return self._cell.kernel.shape[-1]
 
     @property
-    def _shift_size(self) -> int:
-        return self._cell.kernel.shape[-1] * (2 if _resets_after(self._cell) else 1)
+    def _shift_shape(self) -> tuple[int, ...]:
+        """Shape of the pre-activations of one step and example."""
+        return (self._cell.kernel.shape[-1] * (2 if _resets_after(self._cell) else 1),)
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """Inputs and states at the beginning of each step, and what finds gradients from there."""
-        inputs = call.inputs
-        shift = tf.zeros([*tf.unstack(tf.shape(inputs)[:2]), self._shift_size], inputs.dtype)
-        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            tape.watch(shift)
-            both = self._probed(call, tf.concat([inputs, shift], axis=-1))
-            outputs, states = tf.split(both, [self._cell.output_size, -1], axis=-1)
-            if not self.layer.return_sequences:
-                outputs = outputs[:, -1]
-        if self.layer.go_backwards:
-            states = tf.reverse(states, axis=[1])
-        back = functools.partial(_gradient_of_first, tape, outputs, shift)
-        return inputs, states, back, *([] if call.mask is None else [call.mask])
+        key = (id(self._cell), _keras_internals.current_graph())
+        if key not in call.memo:  # All blocks of a cell look at the same steps.
+            call.memo[key] = steps_of(
+                call, self.layer, self._cell, self._shift_shape, self._shifted
+            )
+        steps: Steps = call.memo[key]
+        return (*steps, *([] if call.mask is None else [call.mask]))
 
-    def _probed(self, call: LayerCall, inputs: tf.Tensor) -> tf.Tensor:
-        """Output and state of each step, side by side."""
-        cell = self._cell
-        takes_training = "training" in inspect.signature(cell.call).parameters
-        probe = _Probe(cell, self._shift_size, {"training": True} if takes_training else {})
-        changes = {"cell": probe, "return_sequences": True, "use_cudnn": False}
+    @contextlib.contextmanager
+    def _shifted(self, shift: tf.Tensor) -> Iterator[None]:
+        """The cell with a bias for each example: two of them for a GRU that resets later."""
+        bias = tf.zeros([1, *self._shift_shape], shift.dtype)
+        if self._cell.bias is not None:
+            bias = tf.reshape(tf.cast(tf.convert_to_tensor(self._cell.bias), shift.dtype), [1, -1])
+        bias += shift
+        if _resets_after(self._cell):
+            bias = tf.stack(tf.split(bias, 2, axis=-1))
         with contextlib.ExitStack() as stack:
+            # Implementation 2 adds the bias whole; 1 would cut it up, for dropout of the states.
+            changes = {"use_bias": True, "bias": bias, "implementation": 2}
             for name, value in changes.items():
-                stack.enter_context(instance_attribute(self.layer, name, value))
-            stack.enter_context(_dropout_mask(cell, call))
-            return call.replay.with_inputs(inputs).outputs({})
+                stack.enter_context(instance_attribute(self._cell, name, value))
+            yield
 
     def input_moment(
         self,
@@ -167,8 +140,8 @@ class RecurrentAdapter(LayerAdapter):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The second moment of the input rows, and its weight."""
         inputs, states, _, *mask = observed
-        weights = factors.row_weights(example_weights, *mask) if mask else example_weights
-        return factors.input_moment(self.input_rows(inputs, states), weights, self.diagonal[0])
+        rows = self.input_rows(inputs, states)
+        return masked_moment(rows, example_weights, mask, self.diagonal[0])
 
     def input_rows(self, inputs: tf.Tensor, states: tf.Tensor) -> tf.Tensor:
         """What the weights multiply, `[..., batch, steps, d_in]`."""
@@ -198,29 +171,6 @@ class RecurrentAdapter(LayerAdapter):
         sizes = [v.value.shape.num_elements() // self._columns for v in self.variables]
         parts = zip(self.variables, tf.split(matrix, sizes, axis=0))
         return {id(v): tf.reshape(part, v.shape) for v, part in parts}
-
-
-def _gradient_of_first(
-    tape: tf.GradientTape, outputs: tf.Tensor, shift: tf.Tensor, gradients: tf.Tensor
-) -> tf.Tensor:
-    """Back-propagates gradients of the first outputs to the same part of the shift."""
-    used, batch = tf.shape(gradients)[0], tf.shape(outputs)[0]
-    padding = [[0, batch - used]] + [[0, 0]] * (gradients.shape.rank - 1)
-    vector = tf.pad(tf.cast(gradients, outputs.dtype), padding)
-    vector = tf.ensure_shape(vector, outputs.shape)
-    return tf.cast(tape.gradient(outputs, shift, output_gradients=vector)[:used], gradients.dtype)
-
-
-@contextlib.contextmanager
-def _dropout_mask(cell: keras.Layer, call: LayerCall) -> Iterator[None]:
-    """The mask that the layer would prepare before its loop, if it knew the cell."""
-    # One for all gates, as implementation 2 has it.
-    with call.replay.scope({}), instance_attribute(cell, "dropout_mask_count", None):
-        cell.get_dropout_mask(call.inputs[:, 0])
-    try:
-        yield
-    finally:
-        cell.reset_dropout_mask()
 
 
 class JointAdapter(RecurrentAdapter):
@@ -305,4 +255,64 @@ class GRUBiasAdapter(RecurrentAdapter):
     @property
     def _columns(self) -> int:
         """Columns of both."""
-        return self._shift_size
+        return self._shift_shape[0]
+
+
+class ConvLSTMAdapter(RecurrentAdapter):
+    """`keras.layers.ConvLSTM1D`, `2D`, `3D`: every pixel of every step is a position."""
+
+    cells = (keras.Layer,)
+
+    @classmethod
+    def unsupported_reason(cls, layer: keras.Layer, base: type[keras.Layer]) -> str | None:
+        """Why `layer` can't be adapted; `None` if it can."""
+        return super(RecurrentAdapter, cls).unsupported_reason(layer, base)
+
+    @property
+    def _shift_shape(self) -> tuple[int, ...]:
+        """Shape of all gates of one step and example, channels last."""
+        return (*self._channels_last(self._cell.get_initial_state(1)[0]).shape[1:-1], self._columns)
+
+    @contextlib.contextmanager
+    def _shifted(self, shift: tf.Tensor) -> Iterator[None]:
+        """The cell with something added to the first convolution of each gate."""
+        shifts = iter(tf.split(shift, 4, axis=-1))
+        convolution = self._cell.input_conv
+
+        def shifted_convolution(*args: Any, **kwargs: Any) -> tf.Tensor:
+            return convolution(*args, **kwargs) + self._channels_first(next(shifts))
+
+        with instance_attribute(self._cell, "input_conv", shifted_convolution):
+            yield
+
+    def input_rows(self, inputs: tf.Tensor, states: tf.Tensor) -> tf.Tensor:
+        """What the weights multiply: patches of inputs beside patches of states."""
+        cell, window = self._cell, self._cell.kernel_size
+        ones = [1] * len(window)
+        rows = {
+            "kernel": self._patches(inputs, window, cell.strides, cell.padding, cell.dilation_rate),
+            "recurrent_kernel": self._patches(states, window, ones, "same", ones),
+        }
+        rows["bias"] = tf.ones_like(rows["kernel"][..., :1])
+        return tf.concat([rows[name] for name in self._weights], axis=-1)
+
+    def _patches(self, images: tf.Tensor, *how: Any) -> tf.Tensor:
+        """Patches of all steps: `[batch, steps * positions, window * channels]`."""
+        batch, steps = tf.unstack(tf.shape(images)[:2])
+        merged = tf.reshape(images, [batch * steps, *images.shape[2:]])
+        rows = patches.extract(self._channels_last(merged), *how)
+        return tf.reshape(rows, [batch, -1, rows.shape[-1]])
+
+    def gate_rows(self, gradients: tf.Tensor) -> tf.Tensor:
+        """Gradients by the gates of each step and pixel."""
+        return rows_of_positions(gradients)
+
+    def _channels_last(self, images: tf.Tensor) -> tf.Tensor:
+        if self._cell.data_format == "channels_last":
+            return images
+        return tf.transpose(images, [0, *range(2, images.shape.rank), 1])
+
+    def _channels_first(self, images: tf.Tensor) -> tf.Tensor:
+        if self._cell.data_format == "channels_last":
+            return images
+        return tf.transpose(images, [0, images.shape.rank - 1, *range(1, images.shape.rank - 1)])

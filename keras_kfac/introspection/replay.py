@@ -7,6 +7,7 @@ tensors in place of the weights, so that weights can be tried before they are as
 
 import contextlib
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -44,6 +45,11 @@ class Replay:
         self._args = args
         self._kwargs = kwargs
         self._states = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
+
+    def argument(self, name: str) -> Any:
+        """What `call` was given by a name; `None` if nothing."""
+        signature = inspect.signature(type(self._layer).call)
+        return signature.bind(self._layer, *self._args, **self._kwargs).arguments.get(name)
 
     def with_inputs(self, inputs: Any) -> Self:
         """The same pass for another first argument."""
