@@ -1,13 +1,20 @@
-"""The adapter of `keras.layers.Embedding`: a dense layer on one-hot rows, never written down."""
+"""Adapters of embeddings: dense layers on one-hot rows, never written down."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.adapters import (
+    Gradients,
+    LayerAdapter,
+    masked_moment,
+    rows_of_positions,
+)
+from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
+from keras_kfac.math.kronecker import product_for_sum
 from keras_kfac.math.linalg import Gradient
 
 
@@ -79,3 +86,98 @@ class EmbeddingAdapter(LayerAdapter):
     def from_matrix(self, matrix: Gradient) -> Gradients:
         """Inverse of `to_matrix`, with all rows."""
         return {id(self._table): tf.convert_to_tensor(matrix)}
+
+
+class ReversibleEmbeddingAdapter(EmbeddingAdapter):
+    """The table of `keras.layers.ReversibleEmbedding`.
+
+    If the projection back multiplies by the same table, the block is a sum of two Kronecker
+    products, and is approximated by the one that has its partial traces. The side of the indices is
+    diagonal in both.
+    """
+
+    def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
+        super().__init__(layer, trained)
+        self.part = "" if layer.tie_weights else "embeddings"
+        self._uses = [self, *([_TiedReverseAdapter(layer, trained)] if layer.tie_weights else [])]
+
+    @property
+    def uses(self) -> Sequence[LayerAdapter]:
+        """To look up vectors, and to project back if that is by the table."""
+        return self._uses
+
+    def takes_part_in(self, call: LayerCall) -> bool:
+        """Whether a call looks up vectors."""
+        return not call.replay.argument("reverse")
+
+    def joined(
+        self, parts: Sequence[tuple[LayerAdapter, tuple[tf.Tensor, tf.Tensor]]]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Those of one product, for the sum over both uses."""
+        # The table multiplies from the other side where it projects back.
+        return product_for_sum([pair if use is self else pair[::-1] for use, pair in parts])
+
+
+class ReverseAdapter(LayerAdapter):
+    """The matrix that projects back in `keras.layers.ReversibleEmbedding`, a dense layer's."""
+
+    part = "reverse_embeddings"
+
+    @classmethod
+    def methods(cls) -> Collection[str]:
+        """Names of the layer's methods relied on."""
+        return ("call",)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The matrix, if it is trained and not the table."""
+        own = [] if self.layer.tie_weights else [self.layer.reverse_embeddings]
+        return [v for v in own if self._trained(v)]
+
+    def takes_part_in(self, call: LayerCall) -> bool:
+        """Whether a call projects back."""
+        return bool(call.replay.argument("reverse"))
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Length of a vector, number of indices."""
+        return self.layer.output_dim, self.layer.input_dim
+
+    def observed(self, call: LayerCall) -> tuple[Any, ...]:
+        """The outputs, and the mask if there is one."""
+        return (call.outputs, *([] if call.mask is None else [call.mask]))
+
+    def input_moment(
+        self,
+        inputs: tf.Tensor,
+        example_weights: tf.Tensor | None,
+        dtype: tf.DType,
+        *observed: Any,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The second moment of the vectors."""
+        rows = rows_of_positions(tf.cast(inputs, dtype))
+        return masked_moment(rows, example_weights, observed[1:], self.diagonal[0])
+
+    def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
+        """Rows of the gradients of the logits, before they are capped."""
+        cap = self.layer.logit_soft_cap
+        if cap is not None:  # By the derivative of `cap * tanh(logits / cap)`.
+            gradients *= 1 - tf.square(observed[0] / cap)
+        return rows_of_positions(gradients)
+
+    def to_matrix(self, gradients: Gradients) -> tf.Tensor:
+        """The gradient of the matrix as it is."""
+        return gradients[id(self.layer.reverse_embeddings)]
+
+    def from_matrix(self, matrix: tf.Tensor) -> Gradients:
+        """Inverse of `to_matrix`."""
+        return {id(self.layer.reverse_embeddings): matrix}
+
+
+class _TiedReverseAdapter(ReverseAdapter):
+    """The projection back by the table of the embedding; a use of that, not a block."""
+
+    @property
+    def diagonal(self) -> tuple[bool, bool]:
+        """As the factors of the embedding, the other way round."""
+        return self.too_large[0], True

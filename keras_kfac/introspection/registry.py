@@ -8,7 +8,11 @@ from keras_kfac.introspection import convolutions as conv
 from keras_kfac.introspection import per_example, recurrent
 from keras_kfac.introspection.adapters import DenseAdapter, LayerAdapter
 from keras_kfac.introspection.einsum import EinsumBiasAdapter, EinsumDenseAdapter
-from keras_kfac.introspection.embedding import EmbeddingAdapter
+from keras_kfac.introspection.embedding import (
+    EmbeddingAdapter,
+    ReverseAdapter,
+    ReversibleEmbeddingAdapter,
+)
 
 _TRANSPOSED = (conv.TransposedKernelAdapter, conv.ConvBiasAdapter)
 _SEPARABLE = (conv.DepthwisePartAdapter, conv.PointwisePartAdapter)
@@ -39,9 +43,14 @@ ADAPTERS: dict[type[keras.Layer], tuple[type[LayerAdapter], ...]] = {
     keras.layers.LSTM: (recurrent.JointAdapter,),
     keras.layers.GRU: _GRU,
     keras.layers.RNN: (recurrent.JointAdapter, *_GRU),
+    keras.layers.ConvLSTM1D: (recurrent.ConvLSTMAdapter,),
+    keras.layers.ConvLSTM2D: (recurrent.ConvLSTMAdapter,),
+    keras.layers.ConvLSTM3D: (recurrent.ConvLSTMAdapter,),
     keras.layers.Attention: (per_example.RawWeightsAdapter,),
     keras.layers.AdditiveAttention: (per_example.RawWeightsAdapter,),
 }
+if hasattr(keras.layers, "ReversibleEmbedding"):  # Not in the oldest Keras that we support.
+    ADAPTERS[keras.layers.ReversibleEmbedding] = (ReversibleEmbeddingAdapter, ReverseAdapter)
 
 
 def has_entry(layer: keras.Layer) -> bool:
@@ -61,7 +70,7 @@ def find_adapters(layer: keras.Layer) -> tuple[tuple[type[LayerAdapter], ...], s
 def adapt(layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> list[LayerAdapter]:
     """The adapters of a layer that has any, for those of its weights that are trained."""
     classes, _ = find_adapters(layer)
-    return [a for a in (cls(layer, trained) for cls in classes) if a.variables]
+    return [a for cls in classes for a in cls.of(layer, trained) if a.variables]
 
 
 def register(layer_class: type[keras.Layer], *adapters: type[LayerAdapter]) -> None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.adapters import LayerAdapter
 from keras_kfac.introspection.batch_part import WHOLE, BatchPart, whole_over_part
-from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
 from keras_kfac.introspection.losses import ModelLoss, single_output
 
 
@@ -51,7 +51,7 @@ class _ScoredPass(NamedTuple):
     Attributes:
         examples: How many examples are used, the first ones; `None` for all.
         observed: What the output rows of each adapter's calls depend on beside the gradients, of
-            the used examples, by `id` of the adapter.
+            the used examples, by `id` of the adapter and place of the call.
     """
 
     forward_pass: ForwardPass
@@ -59,7 +59,7 @@ class _ScoredPass(NamedTuple):
     coefficients: tf.Tensor
     is_weighted: bool
     examples: tf.Tensor | None
-    observed: dict[int, list[Sequence[Any]]]
+    observed: dict[int, dict[int, Sequence[Any]]]
 
     def example_weights(self) -> tf.Tensor | None:
         """What each used example contributes to the loss; `None` if all the same."""
@@ -105,13 +105,13 @@ def collect(
         seed: Stateless seed, int32 `[2]`, used by the sampled Fisher.
         dtype: Of the factors.
     """
-    adapters = [a for a in adapters if any(id(a.layer) in p.calls for p in passes)]
+    uses = [u for a in adapters for u in a.uses if any(_calls(p, u) for p in passes)]
     part = SAMPLED_PART if fisher is Fisher.SAMPLED else WHOLE
-    scored = [_score(forward_pass, adapters, loss, part, dtype) for forward_pass in passes]
-    output_factors = {id(a): tf.zeros((), dtype) for a in adapters}
+    scored = [_score(forward_pass, uses, loss, part, dtype) for forward_pass in passes]
+    output_factors = {id(u): tf.zeros((), dtype) for u in uses}
     for index, item in enumerate(scored):
         pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
-        called = [a for a in adapters if id(a.layer) in item.forward_pass.calls]
+        called = [u for u in uses if _calls(item.forward_pass, u)]
         if fisher is Fisher.EXACT:
             parts = _exact(item, called, loss, dtype)
         elif fisher is Fisher.SAMPLED:
@@ -120,11 +120,19 @@ def collect(
             parts = _empirical(item, called, loss, dtype)
         for key, factor in parts.items():
             output_factors[key] += factor
-    layers = {
-        id(a): LayerStatistics(_input_factor(a, scored, dtype), output_factors[id(a)])
-        for a in adapters
-    }
+    found = {id(u): (_input_factor(u, scored, dtype), output_factors[id(u)]) for u in uses}
+    layers: dict[int, LayerStatistics] = {}
+    for adapter in adapters:
+        of_uses = [(u, found[id(u)]) for u in adapter.uses if id(u) in found]
+        if of_uses:
+            layers[id(adapter)] = LayerStatistics(*adapter.joined(of_uses))
     return BatchStatistics(layers, tf.add_n([_examples(item, dtype) for item in scored]))
+
+
+def _calls(forward_pass: ForwardPass, adapter: LayerAdapter) -> dict[int, LayerCall]:
+    """The calls of a layer that use the weights of the adapter, by their place among all."""
+    calls = enumerate(forward_pass.calls.get(id(adapter.layer), []))
+    return {index: call for index, call in calls if adapter.takes_part_in(call)}
 
 
 def _score(
@@ -146,8 +154,10 @@ def _score(
         return item.used(tf.cast(thing, dtype))[0] if tf.is_tensor(thing) else thing
 
     for adapter in adapters:
-        calls = forward_pass.calls.get(id(adapter.layer), [])
-        item.observed[id(adapter)] = [[used(x) for x in adapter.observed(call)] for call in calls]
+        item.observed[id(adapter)] = {
+            index: [used(x) for x in adapter.observed(call)]
+            for index, call in _calls(forward_pass, adapter).items()
+        }
     return item
 
 
@@ -164,8 +174,8 @@ def _input_factor(
     total, weight = tf.zeros((), dtype), tf.zeros((), dtype)
     for item in scored:
         example_weights = item.example_weights()
-        calls = item.forward_pass.calls.get(id(adapter.layer), [])
-        for call, observed in zip(calls, item.observed[id(adapter)]):
+        for index, call in _calls(item.forward_pass, adapter).items():
+            observed = item.observed[id(adapter)][index]
             _check_batch(adapter, call.inputs, item)
             inputs, scale = item.used(call.inputs)
             scale = tf.cast(scale, dtype)
@@ -195,13 +205,15 @@ def _output_factors(
     """Back-propagates vectors and sums the outer products of what arrives at each layer."""
     gradients = item.forward_pass.output_gradients([a.layer for a in adapters], targets, vectors)
 
-    def factor(adapter: LayerAdapter, gradient: tf.Tensor, observed: Sequence[Any]) -> tf.Tensor:
-        used, scale = item.used(tf.cast(gradient, dtype))
+    def factor(adapter: LayerAdapter, gradient: Any, observed: Sequence[Any]) -> tf.Tensor:
+        used = tf.nest.map_structure(lambda g: item.used(tf.cast(g, dtype))[0], gradient)
+        _, scale = item.used(tf.nest.flatten(gradient)[0])
         return tf.cast(scale, dtype) * adapter.output_factor(used, *observed)
 
     def sum_over_calls(adapter: LayerAdapter) -> tf.Tensor:
-        calls = zip(gradients[id(adapter.layer)], item.observed[id(adapter)])
-        return tf.add_n([factor(adapter, *call) for call in calls])
+        arrived = gradients[id(adapter.layer)]
+        observed = item.observed[id(adapter)]
+        return tf.add_n([factor(adapter, arrived[index], observed[index]) for index in observed])
 
     return {id(a): sum_over_calls(a) for a in adapters}
 

@@ -4,6 +4,8 @@ Source: Martens & Grosse (2015), "Optimizing Neural Networks with Kronecker-fact
 Curvature", arXiv:1503.05671 (M&G below).
 """
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 from keras_kfac.math.linalg import (
@@ -19,6 +21,31 @@ from keras_kfac.math.linalg import (
 def _mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
     """Trace over dimension, `[...]`."""
     return trace(factor) / tf.cast(tf.shape(factor)[-1], factor.dtype)
+
+
+def product_for_sum(
+    products: Sequence[tuple[tf.Tensor, tf.Tensor]],
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The Kronecker product that has the partial traces of a sum of Kronecker products.
+
+    Of `Σ A_k ⊗ G_k` these are `Σ tr(G_k) A_k` and `Σ tr(A_k) G_k`. It is positive semi-definite if
+    all factors are, of the same trace as the sum, and equal to it if all `A_k`, or all `G_k`, are
+    multiples of one.
+
+    Args:
+        products: `A_k` and `G_k` of each term, `[d, d]`, or their diagonals `[d]`.
+
+    Returns:
+        `A` of trace 1, and `G`; zeros if the sum is zero.
+
+    Example:
+    >>> a, g = product_for_sum([(tf.ones([2]), tf.eye(2)), (tf.ones([2]), 3 * tf.eye(2))])
+    >>> a.numpy().tolist(), g.numpy().tolist()
+    ([0.5, 0.5], [[8.0, 0.0], [0.0, 8.0]])
+    """
+    first = tf.add_n([trace(g) * a for a, g in products])
+    second = tf.add_n([trace(a) * g for a, g in products])
+    return tf.math.divide_no_nan(first, trace(first)), second
 
 
 def block_damping(damping: tf.Tensor, block: tf.Tensor, model: tf.Tensor) -> tf.Tensor:
