@@ -7,7 +7,7 @@ helper `_var_key`), the only place that sees all gradients after clipping and ac
 with the step and not before the step is modelled.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -19,6 +19,41 @@ def flatten_layers(model: keras.Layer) -> list[keras.Layer]:
     for layer in model._flatten_layers(include_self=True, recursive=True):
         seen.setdefault(id(layer), layer)
     return list(seen.values())
+
+
+def layers_below(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers that a layer holds, one level down."""
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+class GraphNode(NamedTuple):
+    """A call of an operation or layer in the graph of a model."""
+
+    operation: Any
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+class Graph(NamedTuple):
+    """The graph of a model: its symbolic tensors, and what makes one out of the other, in order."""
+
+    inputs: list[Any]
+    outputs: list[Any]
+    nodes: list[GraphNode]
+
+
+def graph_of(model: keras.Layer) -> Graph | None:
+    """The graph of a functional or sequential model. `Model.operations` does not tell the edges."""
+    functional = getattr(model, "_functional", None) or model
+    by_depth = getattr(functional, "_nodes_by_depth", None)
+    if by_depth is None:
+        return None
+    nodes = [
+        GraphNode(node.operation, node.input_tensors, node.output_tensors)
+        for depth in sorted(by_depth, reverse=True)
+        for node in by_depth[depth]
+    ]
+    return Graph(functional.inputs, functional.outputs, nodes)
 
 
 def loss_logits(outputs: tf.Tensor) -> tf.Tensor | None:

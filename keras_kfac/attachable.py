@@ -114,7 +114,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
 
         Raises:
             RuntimeError: If the optimizer is not attached.
-            ValueError: If the model is not built yet.
+            ValueError: If the model is not built yet, or lacks a layer that `weight_sharing` names.
         """
         if self._built is not None:
             return self._built.coverage
@@ -124,7 +124,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 "The layers of a model that is not built are not known yet. Build it or train one "
                 f"step first. Received: model {attachment.model.name!r}"
             )
-        return attachment.plan(attachment.is_trained).rows
+        return attachment.plan(attachment.is_trained, self.weight_sharing).rows
 
     def condition_numbers(self) -> dict[str, float]:
         """Condition number (in the 1-norm) of each layer's damped `A ⊗ G`.
@@ -153,7 +153,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
         if self._built is not None:
             return self._built
         attachment = self._require_attachment()
-        plan = attachment.plan(self.is_known, passes)
+        plan = attachment.plan(self.is_known, self.weight_sharing, passes)
         if not plan.adapters:
             raise ValueError(
                 "K-FAC covers no layer of this model; use another optimizer. Received: model "

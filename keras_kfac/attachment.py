@@ -13,6 +13,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass, is_recording, rec
 from keras_kfac.introspection.losses import ModelLoss, resolve_loss
 from keras_kfac.introspection.registry import find_adapters
 from keras_kfac.introspection.replay import Replay, is_replaying
+from keras_kfac.introspection.weight_sharing import Choice
 
 # In eager custom loops, training-mode passes that no step ever uses (Monte-Carlo dropout, say)
 # hold on to their activations; only so many of the newest are kept.
@@ -172,14 +173,15 @@ class Attachment:
     def plan(
         self,
         is_trained: Callable[[keras.Variable], bool],
+        weight_sharing: Choice,
         passes: Sequence[ForwardPass] | None = None,
     ) -> CoveragePlan:
         """Which layers get a curvature block, given what the forward passes showed."""
         if passes is None:
-            return plan_coverage(self.model, is_trained)
+            return plan_coverage(self.model, is_trained, weight_sharing)
         called = {key for forward_pass in passes for key in forward_pass.calls}
         unreachable = {k: v for forward_pass in passes for k, v in forward_pass.unreachable.items()}
-        return plan_coverage(self.model, is_trained, called, unreachable)
+        return plan_coverage(self.model, is_trained, weight_sharing, called, unreachable)
 
     def loss(self) -> ModelLoss:
         """The loss to take the Fisher matrix of.

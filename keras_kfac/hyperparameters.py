@@ -6,6 +6,7 @@ import keras
 
 from keras_kfac import validation
 from keras_kfac.damping import LevenbergMarquardt
+from keras_kfac.introspection.weight_sharing import Choice
 from keras_kfac.restorable import RestorableOptimizer
 from keras_kfac.settings import ADAPTIVE, Setting, check_can_adapt, is_adaptive, to_config
 
@@ -28,6 +29,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
         inverse_update_period: int,
         fisher: str,
         exact_damping: bool,
+        weight_sharing: Choice,
         kl_clip: Any,
         burn_in_steps: int,
         fallback: keras.optimizers.Optimizer | None,
@@ -47,6 +49,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
         self.factor_ema_decay = validation.check_ema_decay(factor_ema_decay)
         self.fisher = validation.check_fisher(fisher)
         self.exact_damping = validation.check_bool("exact_damping", exact_damping)
+        self.weight_sharing = validation.check_weight_sharing(weight_sharing)
         self.kl_clip = validation.check_kl_clip(kl_clip)
         self.burn_in_steps = validation.check_count("burn_in_steps", burn_in_steps)
         self.seed = seed
@@ -158,6 +161,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
             "inverse_update_period": self.inverse_update_period,
             "fisher": str(self.fisher),
             "exact_damping": self.exact_damping,
+            "weight_sharing": self.weight_sharing,
             "kl_clip": to_config(self.kl_clip),
             "burn_in_steps": self.burn_in_steps,
             "fallback": keras.optimizers.serialize(self.fallback),

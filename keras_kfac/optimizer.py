@@ -11,6 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.introspection.forward_pass import instance_attribute
+from keras_kfac.introspection.weight_sharing import AUTO, Choice
 from keras_kfac.math.linalg import scaled_rows
 from keras_kfac.problem_report import ProblemReport
 from keras_kfac.settings import ADAPTIVE
@@ -96,6 +97,12 @@ class KFAC(SteppingOptimizer):
         exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
             factors, in place of the factored one above. Both work about as well; eigenbases take
             several times as long to compute.
+        weight_sharing: How to treat layers that use their weights at many positions, pixels or time
+            steps: `"expand"`, exact for linear networks whose loss has a term for each position, or
+            `"reduce"`, exact for those that average over positions before the loss. `"auto"` takes
+            "reduce" for the layers of functional and sequential models that are followed by such
+            an average (global average pooling), "expand" for all others; `coverage()` says which.
+            A dict by name or path of a layer chooses for some, as in `{"conv2d": "expand"}`.
         kl_clip: Bound `κ > 0` on `α² Σ vᵀ∇`, about twice the KL divergence of a step before
             momentum, in units of the loss, float or `LearningRateSchedule`; `None` for none. With a
             fixed learning rate, 1e-4 to 1e-2 keeps the steps of the first epochs in bounds.
@@ -128,7 +135,7 @@ class KFAC(SteppingOptimizer):
         Martens & Grosse (2015), arXiv:1503.05671: sections 3 (factors), 5 (moving averages), 6.3
         (factored damping), 6.4 and 7 (learning rate and momentum), 6.5 (adapting the damping).
         Grosse & Martens (2016), arXiv:1602.01407: convolutions. Ba, Grosse & Martens (2017): KL
-        clip.
+        clip. Eschenhagen et al. (2023), arXiv:2311.00636: "expand" and "reduce".
     """
 
     def __init__(
@@ -141,6 +148,7 @@ class KFAC(SteppingOptimizer):
         inverse_update_period: int = 20,
         fisher: str = "sampled",
         exact_damping: bool = False,
+        weight_sharing: Choice = AUTO,
         kl_clip: float | LearningRateSchedule | None = None,
         burn_in_steps: int = 0,
         fallback: keras.optimizers.Optimizer | None = None,
@@ -157,6 +165,7 @@ class KFAC(SteppingOptimizer):
             inverse_update_period,
             fisher,
             exact_damping,
+            weight_sharing,
             kl_clip,
             burn_in_steps,
             fallback,

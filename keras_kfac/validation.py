@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.introspection.statistics import Fisher
+from keras_kfac.introspection.weight_sharing import AUTO, EXPAND, REDUCE, Choice
 
 
 def check_unit_interval(name: str, value: Any, otherwise: str = "") -> float:
@@ -172,6 +173,19 @@ def check_fisher(value: str) -> str:
     if value not in choices:
         raise ValueError(f"`fisher` must be one of {choices}. Received: fisher={value!r}")
     return str(value)
+
+
+def check_weight_sharing(value: Choice) -> Choice:
+    """Checks the name of an approximation, or such names by layer."""
+    if isinstance(value, Mapping):
+        if all(choice in (EXPAND, REDUCE) for choice in value.values()):
+            return dict(value)
+    elif value in (AUTO, EXPAND, REDUCE):
+        return value
+    raise ValueError(
+        f"`weight_sharing` must be {AUTO!r}, {EXPAND!r} or {REDUCE!r}, or a dict from names of "
+        f"layers to one of the last two. Received: weight_sharing={value!r}"
+    )
 
 
 def check_fallback(

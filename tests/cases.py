@@ -232,6 +232,7 @@ def factors(
     seed=(0, 0),
     loss_weight=1.0,
     layers=None,
+    reduce=False,
 ):
     """Factors of all adapted layers on one batch, as the optimizer computes them."""
     resolved = resolve_loss(loss, loss_weight, empirical=fisher == "empirical")
@@ -241,6 +242,8 @@ def factors(
         if layer.weights
         for adapter in registry.adapt(layer, lambda v: v.trainable)
     ]
+    for adapter in adapters:
+        adapter.reduces = adapter.can_reduce and reduce
     adapted = {id(a.layer): a.layer for a in adapters}.values()
     whole = {id(a.layer) for a in adapters if a.with_activation}
     with forward_pass.recording(adapted, persistent=True, with_activation=whole) as recorded:
@@ -255,4 +258,4 @@ def factors(
         tf.convert_to_tensor(seed, tf.int32),
         tf.float64,
     )
-    return [batch.layers[id(a)] for a in adapters]
+    return [batch.layers[id(a)] for a in adapters if id(a) in batch.layers]

@@ -43,6 +43,7 @@ CHANGED = {
     "momentum": 0.5,
     "factor_ema_decay": 0.8,
     "exact_damping": True,
+    "weight_sharing": {"hidden": "reduce"},
     "burn_in_steps": 3,
     "factor_update_period": 3,
     "inverse_update_period": 7,

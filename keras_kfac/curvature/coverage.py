@@ -9,6 +9,7 @@ import keras
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path, own_variables
 from keras_kfac.introspection.registry import adapt, find_adapters, has_entry
+from keras_kfac.introspection.weight_sharing import Choice, WeightSharing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class CoverageRow:
         weights: Number of trained weights it owns (scalars, not tensors).
         block: Its curvature block: `"kronecker"`, or for few weights `"full"` or `"diagonal"`; or
             `"fallback"` or `"frozen"`.
-        reason: Why it has no curvature block, or a coarser one than it could have; or empty.
+        reason: Why it has no curvature block, or a coarser one than it could have; or why shared
+            weights are treated by "reduce"; or empty.
     """
 
     layer: str
@@ -65,6 +67,7 @@ class CoveragePlan(NamedTuple):
 def plan_coverage(
     model: keras.Model,
     is_trained: Callable[[keras.Variable], bool],
+    weight_sharing: Choice,
     called: Collection[int] | None = None,
     unreachable: Mapping[int, str] | None = None,
 ) -> CoveragePlan:
@@ -73,14 +76,21 @@ def plan_coverage(
     Args:
         model: A built model.
         is_trained: Whether a variable is among those the optimizer trains.
+        weight_sharing: How to treat weights that are used at many positions.
         called: `id`s of the layers that a forward pass called; `None` before the first pass.
         unreachable: Reasons why a layer's tensors can't be had, by `id` of the layer.
+
+    Raises:
+        ValueError: If `weight_sharing` names layers that the model does not have.
     """
+    sharing = WeightSharing(model, weight_sharing)
     layers = _keras_internals.flatten_layers(model)
     adapters: list[LayerAdapter] = []
     reasons: dict[int, str] = {}  # Why a variable has no block, by its `id`.
     for layer in layers:  # Those above come first: a recurrent layer before its cell.
         found, reason = _adapters(layer, is_trained, called, unreachable or {})
+        for adapter in found:
+            adapter.reduces = adapter.can_reduce and bool(sharing.reduces(layer))
         adapters += found
         own = layer.weights if has_entry(layer) else own_variables(layer)
         for variable in own:
@@ -91,7 +101,7 @@ def plan_coverage(
         own = own_variables(layer)
         trained = [v for v in own if is_trained(v)]
         if own:
-            rows.append(_row(layer, trained, covered, reasons))
+            rows.append(_row(layer, trained, covered, reasons, sharing))
     return CoveragePlan(adapters, rows)
 
 
@@ -100,6 +110,7 @@ def _row(
     trained: Sequence[keras.Variable],
     covered: Mapping[int, LayerAdapter],
     reasons: Mapping[int, str],
+    sharing: WeightSharing,
 ) -> CoverageRow:
     name, kind = layer_path(layer), type(layer).__name__
     if not trained:
@@ -108,8 +119,10 @@ def _row(
     adapters = list({id(a): a for v in trained for a in [covered.get(id(v))] if a}.values())
     if not adapters:
         return CoverageRow(name, kind, weights, "fallback", reasons[id(trained[0])])
-    notes = "; ".join(filter(None, map(_coarseness, adapters)))
-    return CoverageRow(name, kind, weights, adapters[0].block, notes)
+    notes = [*map(_coarseness, adapters)]
+    if any(adapter.reduces for adapter in adapters):
+        notes.append(sharing.reduces(layer))
+    return CoverageRow(name, kind, weights, adapters[0].block, "; ".join(filter(None, notes)))
 
 
 def _coarseness(adapter: LayerAdapter) -> str:

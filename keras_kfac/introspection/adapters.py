@@ -8,8 +8,8 @@ several affine maps has one for each. Outputs are those before the layer's activ
 
 import abc
 import math
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
@@ -48,15 +48,23 @@ class LayerAdapter(abc.ABC):
     Attributes:
         layer: The adapted layer, built.
         part: Which part of the layer it is; empty if it is the whole.
+        reduces: Whether inputs are averaged, and gradients summed, over positions first.
     """
 
     part = ""
     takes_slices = False  # Whether `to_matrix` and `from_matrix` take `tf.IndexedSlices`.
     with_activation = False  # Whether the layer's outputs are those after its activation.
+    can_reduce = False  # Whether it can treat shared weights by "reduce", as `reduces` says.
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         self.layer = layer
+        self.reduces = False
         self._trained = trained
+
+    @classmethod
+    def of(cls, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> list[Self]:
+        """The adapters of this class for a layer: one, for most."""
+        return [cls(layer, trained)]
 
     @classmethod
     @abc.abstractmethod
@@ -84,6 +92,22 @@ class LayerAdapter(abc.ABC):
     @abc.abstractmethod
     def variables(self) -> list[keras.Variable]:
         """The trained variables that the adapter covers."""
+
+    def takes_part_in(self, call: LayerCall) -> bool:
+        """Whether a call of the layer uses the variables."""
+        return True
+
+    @property
+    def uses(self) -> Sequence["LayerAdapter"]:
+        """Adapters for different uses of the variables, each with factors of its own."""
+        return (self,)
+
+    def joined(
+        self, parts: Sequence[tuple["LayerAdapter", tuple[tf.Tensor, tf.Tensor]]]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The factors of the block, from those of the uses that took place."""
+        ((_, factors_of_use),) = parts
+        return factors_of_use
 
     @property
     def block(self) -> str:
@@ -172,6 +196,7 @@ class AffineAdapter(LayerAdapter):
     kernel_name: str | None = "kernel"
     bias_name: str | None = "bias"
     has_masks = False  # Whether a mask `[batch, steps]` is for its positions, steps first.
+    can_reduce = True
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         super().__init__(layer, trained)
@@ -210,10 +235,18 @@ class AffineAdapter(LayerAdapter):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The second moment of the input rows, and its weight."""
         rows = self.input_rows(tf.cast(inputs, dtype))
-        weights = example_weights
-        if observed:
-            weights = factors.row_weights(weights, _stretched(observed[0], tf.shape(rows)[-2]))
-        return factors.input_moment(rows, weights, self.diagonal[0])
+        if self.reduces:
+            masks = [_stretched(mask, rows) for mask in observed]
+            rows, example_weights = factors.mean_rows(rows, example_weights, *masks)
+            observed = ()
+        return masked_moment(rows, example_weights, observed, self.diagonal[0])
+
+    def output_factor(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
+        """The output factor of a call, given the gradients of its outputs."""
+        rows = self.output_rows(gradients, *observed)
+        if self.reduces:
+            rows = tf.reduce_sum(rows, axis=-2, keepdims=True)
+        return factors.output_factor(rows, self.diagonal[1])
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """The mask, if there is one."""
@@ -275,9 +308,34 @@ class AffineAdapter(LayerAdapter):
         return matrix if self.groups is None else tf.transpose(matrix, [1, 0, 2])
 
 
-def _stretched(mask: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-    """A mask for steps that consist of several positions each, `[batch, positions]`."""
-    return tf.repeat(mask, positions // tf.shape(mask)[1], axis=1)
+def masked_moment(
+    rows: tf.Tensor, example_weights: tf.Tensor | None, masks: Sequence[tf.Tensor], diagonal: bool
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`factors.input_moment` of the positions that count.
+
+    Args:
+        rows: `[..., batch, positions, d]`.
+        example_weights: `[batch]`, or `None`.
+        masks: None, or one `[batch, steps]`. Steps may consist of several positions each.
+        diagonal: Whether to compute the diagonal only.
+    """
+    weights = example_weights
+    for mask in masks:
+        weights = factors.row_weights(weights, _stretched(mask, rows))
+    return factors.input_moment(rows, weights, diagonal)
+
+
+def _stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """A mask for steps that consist of several positions each: `[batch, positions]`."""
+    return tf.repeat(mask, tf.shape(rows)[-2] // tf.shape(mask)[1], axis=1)
+
+
+def rows_of_positions(tensor: tf.Tensor) -> tf.Tensor:
+    """`[batch, ..., features]` to `[batch, positions, features]`."""
+    if tensor.shape.rank == 2:
+        return tensor[:, tf.newaxis, :]
+    positions = -1 if None in tensor.shape[1:-1] else math.prod(tensor.shape[1:-1])
+    return tf.reshape(tensor, [tf.shape(tensor)[0], positions, tensor.shape[-1]])
 
 
 class DenseAdapter(AffineAdapter):
@@ -297,15 +355,8 @@ class DenseAdapter(AffineAdapter):
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """Rows that the kernel multiplies."""
-        return self._rows(inputs)
+        return rows_of_positions(inputs)
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of pre-activation gradients."""
-        return self._rows(gradients)
-
-    @staticmethod
-    def _rows(tensor: tf.Tensor) -> tf.Tensor:
-        if tensor.shape.rank == 2:
-            return tensor[:, tf.newaxis, :]
-        positions = -1 if None in tensor.shape[1:-1] else math.prod(tensor.shape[1:-1])
-        return tf.reshape(tensor, [tf.shape(tensor)[0], positions, tensor.shape[-1]])
+        return rows_of_positions(gradients)

@@ -7,7 +7,8 @@ then with
     A = weighted mean of a aᵀ over batch and positions,    G = sum of g gᵀ over batch and positions
 
 the product `A ⊗ G` is the block of the Fisher matrix *of the loss that is being minimised* under
-the "expand" approximation of weight sharing. No count of examples or positions appears anywhere
+the "expand" approximation of weight sharing. Under "reduce", `a` is the mean and `g` the sum over
+the positions of an example before that. No count of examples or positions appears anywhere
 else. Sources: M&G section 3; Grosse & Martens (2016), arXiv:1602.01407 (KFC); Eschenhagen et
 al. (2023), arXiv:2311.00636 (expand and reduce).
 """
@@ -47,6 +48,37 @@ def row_weights(example_weights: tf.Tensor | None, mask: tf.Tensor) -> tf.Tensor
     if example_weights is None:
         return weights
     return weights * tf.cast(example_weights, mask.dtype)[:, tf.newaxis]
+
+
+def mean_rows(
+    rows: tf.Tensor, example_weights: tf.Tensor | None = None, mask: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """One row for each example, for the "reduce" approximation: the mean over its positions.
+
+    Args:
+        rows: `[..., batch, positions, d]`.
+        example_weights: `[batch]`; `None` weights all examples alike.
+        mask: `[batch, positions]`, 1 for the positions that count and 0 for the others.
+
+    Returns:
+        `[..., batch, 1, d]`, and the weights of the examples: 0 for one of which no position
+        counts.
+
+    Example:
+    >>> rows = tf.constant([[[1.0], [3.0]], [[5.0], [7.0]]])
+    >>> mean_rows(rows, mask=tf.constant([[1.0, 1.0], [0.0, 1.0]]))[0].numpy().tolist()
+    [[[2.0]], [[7.0]]]
+    """
+    if mask is None:
+        return tf.reduce_mean(rows, axis=-2, keepdims=True), example_weights
+    counts = tf.reduce_sum(mask, axis=1)
+    weights = tf.cast(counts > 0, rows.dtype)
+    if example_weights is not None:
+        weights *= tf.cast(example_weights, rows.dtype)
+    # `where` and not a product alone: 0 * inf of an ignored row must be 0.
+    kept = tf.where(mask[..., tf.newaxis] > 0, rows, tf.zeros_like(rows))
+    total = tf.reduce_sum(kept, axis=-2, keepdims=True)
+    return tf.math.divide_no_nan(total, counts[:, tf.newaxis, tf.newaxis]), weights
 
 
 def input_moment(
