@@ -33,10 +33,10 @@ Written by `benchmarks/coverage.py` (Keras {version}): for each architecture, as
 how many of its trained weights are under a curvature block, and which layers are left to the
 fallback optimizer. "Full", "diagonal" and "coarser" say how many of them are in such blocks: full
 or diagonal blocks of scales and offsets, Kronecker-factored blocks with a factor that is diagonal
-for its size.
+for its size. "Reduce" says how many are averaged over positions before the loss, and treated so.
 
-| architecture | trained weights | covered | full | diagonal | coarser | fallback |
-|---|---|---|---|---|---|---|
+| architecture | trained weights | covered | full | diagonal | coarser | reduce | fallback |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -53,7 +53,7 @@ def row(name: str, rows: Coverage) -> str:
         return f"{100 * weights / total:.2g} %" if weights else ""
 
     blocks = {b: sum(r.weights for r in rows if r.block == b) for b in ("full", "diagonal")}
-    coarser = sum(r.weights for r in rows if r.reason and r.block == "kronecker")
+    reasons = {w: sum(r.weights for r in rows if w in r.reason) for w in ("is large", "reduce")}
     left = sorted({r.layer_type for r in rows if r.block == "fallback"})
     cells = [
         name,
@@ -61,7 +61,8 @@ def row(name: str, rows: Coverage) -> str:
         f"{100 * rows.fraction:.2f} %",
         share(blocks["full"]),
         share(blocks["diagonal"]),
-        share(coarser),
+        share(reasons["is large"]),
+        share(reasons["reduce"]),
         ", ".join(f"`{layer}`" for layer in left),
     ]
     return f"| {' | '.join(cells)} |\n"

@@ -260,6 +260,15 @@ def test_lora_goes_to_the_fallback_with_a_reason() -> None:
     assert "LoRA" in helpers.reasons(model.optimizer)["hidden"]
 
 
+def test_quantized_layer_says_so_and_the_rest_trains() -> None:
+    model = helpers.mlp()
+    model.get_layer("hidden").quantize("int8")
+    losses = helpers.fit(helpers.compiled(model), helpers.vectors(), epochs=5).history["loss"]
+    assert losses[-1] < losses[0]
+    assert helpers.blocks(model.optimizer) == {"hidden": "fallback", "logits": "kronecker"}
+    assert helpers.reasons(model.optimizer)["hidden"] == "the layer is quantized (int8)"
+
+
 class Mapped(keras.Layer):
     """Calls a layer of its own inside a loop."""
 

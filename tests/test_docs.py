@@ -29,8 +29,15 @@ def test_quickstart_runs_as_printed():
     assert "have a curvature block" in result.stdout
 
 
-def test_layers_page_runs_as_printed():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "layers.md").read_text(), re.S)
+PAGES = {
+    "layers.md": [r"Gate +3 +full", r"Centred +32 +kronecker"],
+    "weight-sharing.md": [r"first .* reduce: 'global", r"second +Conv2D +4,640 +kronecker$"],
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_run_as_printed(name):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.S)
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)],
         capture_output=True,
@@ -38,8 +45,8 @@ def test_layers_page_runs_as_printed():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0, result.stderr
-    assert re.search(r"Gate +3 +full", result.stdout)
-    assert re.search(r"Centred +32 +kronecker", result.stdout)
+    for pattern in PAGES[name]:
+        assert re.search(pattern, result.stdout, re.M), result.stdout
     assert "fallback" not in result.stdout
 
 

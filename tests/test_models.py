@@ -1,5 +1,6 @@
 """Whole models: nearly all their weights have a curvature block, and they learn."""
 
+import inspect
 from functools import partial
 
 import keras
@@ -147,6 +148,49 @@ def test_models_are_covered_and_learn(name):
     assert all(np.isfinite(weights).all() for weights in model.get_weights())
 
 
+def hub_classifier(hub):
+    backbone = hub.models.BertBackbone(
+        vocabulary_size=50,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=8,
+    )
+    return keras.Model(backbone.input, layers.Dense(3)(backbone.output["pooled_output"]))
+
+
+def hub_language_model(hub):
+    backbone = hub.models.GPT2Backbone(
+        vocabulary_size=50,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=8,
+    )
+    logits = backbone.token_embedding(backbone.output, reverse=True)
+    return keras.Model(backbone.input, logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [hub_classifier, hub_language_model])
+def test_models_of_keras_hub(make):
+    hub = pytest.importorskip("keras_hub", reason="keras-hub is not installed")
+    register(hub.layers.PositionEmbedding, RawWeightsAdapter)
+    keras.utils.set_random_seed(0)
+    model = helpers.compiled(make(hub), KFAC(), CROSSENTROPY)
+    x, y = tokens(model)
+    x = {
+        "token_ids": x,
+        "padding_mask": np.ones_like(x),
+        **({"segment_ids": np.zeros_like(x)} if "segment_ids" in model.input else {}),
+    }
+    history = model.fit(x, y, 32, 6, verbose=0, callbacks=[helpers.KFACCallback()]).history["loss"]
+    assert history[-1] < 0.85 * history[0]
+    assert model.optimizer.coverage().fraction == 1
+
+
 class TestWrappers:
     def test_time_distributed_is_the_layer_on_sequences(self):
         x, y = RNG.normal(size=(3, 4, 5)), RNG.normal(size=(3, 4, 2))
@@ -210,10 +254,23 @@ class TestSharedLayers:
         assert model.optimizer.coverage().fraction == 1
 
 
-@pytest.mark.parametrize("name", ["MobileNetV3Small", "ResNet50", "EfficientNetV2B0"])
+APPLICATIONS = [
+    name
+    for name, thing in vars(keras.applications).items()
+    if inspect.isfunction(thing) and name[0].isupper()
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "MobileNetV3Small" else pytest.param(name, marks=pytest.mark.slow)
+        for name in APPLICATIONS
+    ],
+)
 def test_architectures_are_covered(name):
-    """Computed from shapes: nothing is allocated. All others: benchmarks/coverage.py."""
-    model = getattr(keras.applications, name)(weights=None, classes=10)
+    """Computed from shapes: nothing is allocated."""
+    model = getattr(keras.applications, name)(weights=None)
     optimizer = KFAC().attach(model, loss=CROSSENTROPY)
     before = len(optimizer.variables)
     assert optimizer.coverage().fraction > 0.95
