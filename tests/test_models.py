@@ -186,7 +186,8 @@ def test_models_of_keras_hub(make):
         "padding_mask": np.ones_like(x),
         **({"segment_ids": np.zeros_like(x)} if "segment_ids" in model.input else {}),
     }
-    history = model.fit(x, y, 32, 6, verbose=0, callbacks=[helpers.KFACCallback()]).history["loss"]
+    callbacks = [helpers.KFACCallback()]
+    history = model.fit(x, y, 32, 20, verbose=0, callbacks=callbacks).history["loss"]
     assert history[-1] < 0.85 * history[0]
     assert model.optimizer.coverage().fraction == 1
 
