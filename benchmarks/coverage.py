@@ -33,16 +33,17 @@ Written by `benchmarks/coverage.py` (Keras {version}): for each architecture, as
 how many of its trained weights are under a curvature block, and which layers are left to the
 fallback optimizer. "Full", "diagonal" and "coarser" say how many of them are in such blocks: full
 or diagonal blocks of scales and offsets, Kronecker-factored blocks with a factor that is diagonal
-for its size. "Reduce" says how many are averaged over positions before the loss, and treated so.
+for its size. "Pooled" says how many are in layers whose outputs are averaged over positions before
+the loss: `weight_sharing="auto"` treats them by "reduce".
 
-| architecture | trained weights | covered | full | diagonal | coarser | reduce | fallback |
+| architecture | trained weights | covered | full | diagonal | coarser | pooled | fallback |
 |---|---|---|---|---|---|---|---|
 """
 
 
 def coverage(name: str) -> Coverage:
-    """What `KFAC().coverage()` says of an architecture."""
-    return KFAC().attach(APPLICATIONS[name](weights=None)).coverage()
+    """What `coverage()` says of an architecture."""
+    return KFAC(weight_sharing="auto").attach(APPLICATIONS[name](weights=None)).coverage()
 
 
 def row(name: str, rows: Coverage) -> str:

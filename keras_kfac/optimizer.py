@@ -11,7 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.introspection.forward_pass import instance_attribute
-from keras_kfac.introspection.weight_sharing import AUTO, Choice
+from keras_kfac.introspection.weight_sharing import EXPAND, Choice
 from keras_kfac.math.linalg import scaled_rows
 from keras_kfac.problem_report import ProblemReport
 from keras_kfac.settings import ADAPTIVE
@@ -99,10 +99,10 @@ class KFAC(SteppingOptimizer):
             several times as long to compute.
         weight_sharing: How to treat layers that use their weights at many positions, pixels or time
             steps: `"expand"`, exact for linear networks whose loss has a term for each position, or
-            `"reduce"`, exact for those that average over positions before the loss. `"auto"` takes
+            `"reduce"`, exact for those that average over positions before the loss; `"auto"` takes
             "reduce" for the layers of functional and sequential models that are followed by such
-            an average (global average pooling), "expand" for all others; `coverage()` says which.
-            A dict by name or path of a layer chooses for some, as in `{"conv2d": "expand"}`.
+            an average (global average pooling), and `coverage()` says so. A dict by name or path
+            of a layer, as in `{"conv2d": "reduce"}`, chooses for some; the others expand.
         kl_clip: Bound `κ > 0` on `α² Σ vᵀ∇`, about twice the KL divergence of a step before
             momentum, in units of the loss, float or `LearningRateSchedule`; `None` for none. With a
             fixed learning rate, 1e-4 to 1e-2 keeps the steps of the first epochs in bounds.
@@ -148,7 +148,7 @@ class KFAC(SteppingOptimizer):
         inverse_update_period: int = 20,
         fisher: str = "sampled",
         exact_damping: bool = False,
-        weight_sharing: Choice = AUTO,
+        weight_sharing: Choice = EXPAND,
         kl_clip: float | LearningRateSchedule | None = None,
         burn_in_steps: int = 0,
         fallback: keras.optimizers.Optimizer | None = None,

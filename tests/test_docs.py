@@ -31,7 +31,10 @@ def test_quickstart_runs_as_printed():
 
 PAGES = {
     "layers.md": [r"Gate +3 +full", r"Centred +32 +kronecker"],
-    "weight-sharing.md": [r"first .* reduce: 'global", r"second +Conv2D +4,640 +kronecker$"],
+    "weight-sharing.md": [
+        r"first .* reduce: 'average' averages over positions$",
+        r"second .* reduce: as set$",
+    ],
 }
 
 

@@ -81,7 +81,7 @@ def test_mean_in_the_middle_of_a_linear_network():
         else:
             assert_close(expand[index][0], reduce[index][0], 1e-14)
             assert_close(expand[index][1], reduce[index][1], 1e-14)
-    rows = KFAC().attach(model, loss=loss).coverage()
+    rows = KFAC(weight_sharing="auto").attach(model, loss=loss).coverage()
     reason = f"reduce: {body[2].name!r} averages over positions"
     assert [row.reason for row in rows] == [reason, reason, "", ""]
 
@@ -189,9 +189,8 @@ MODELS = [
 ]
 
 
-def reducing(model, **kwargs):
-    rows = KFAC(**kwargs).attach(model, loss="mse").coverage()
-    model.optimizer = None
+def reducing(model):
+    rows = KFAC(weight_sharing="auto").attach(model, loss="mse").coverage()
     return {row.layer.split("/")[-1] for row in rows if "reduce" in row.reason}
 
 
@@ -203,15 +202,14 @@ def test_layers_before_an_average_over_positions_reduce(make):
 
 def test_choices():
     model, _ = pooled_twice()
-    optimizer = KFAC(weight_sharing={"first": "expand", "head": "reduce"}).attach(model, loss="mse")
-    reasons = {row.layer: row.reason for row in optimizer.coverage()}
-    assert reasons["first"] == "" and reasons["head"] == "reduce: as set"
-    assert "averages" in reasons["branch"]
+    optimizer = KFAC(weight_sharing={"first": "expand", "branch": "reduce"})
+    reasons = {row.layer: row.reason for row in optimizer.attach(model, loss="mse").coverage()}
+    assert reasons == {"first": "", "gate": "", "branch": "reduce: as set", "head": ""}
     optimizer.detach()
     everywhere = KFAC(weight_sharing="reduce").attach(model, loss="mse")
     assert {row.reason for row in everywhere.coverage()} == {"reduce: as set"}
     everywhere.detach()
-    nowhere = KFAC(weight_sharing="expand").attach(model, loss="mse")
+    nowhere = KFAC().attach(model, loss="mse")
     assert {row.reason for row in nowhere.coverage()} == {""}
 
 
@@ -263,5 +261,6 @@ def test_pooled_network_learns():
     model = keras.Sequential([keras.Input((6, 6, 1)), *body, layers.Dense(3)])
     x = RNG.normal(size=(96, 6, 6, 1))
     y = np.digitize(np.abs(x).mean((1, 2, 3)), [0.75, 0.85])
-    history = helpers.fit(helpers.compiled(model, KFAC()), (x, y), epochs=15).history["loss"]
+    model = helpers.compiled(model, KFAC(weight_sharing="auto"))
+    history = helpers.fit(model, (x, y), epochs=15).history["loss"]
     assert history[-1] < 0.7 * history[0]

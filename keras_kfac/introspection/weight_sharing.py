@@ -18,7 +18,7 @@ from keras_kfac.introspection.adapters import layer_path
 EXPAND, REDUCE, AUTO = "expand", "reduce", "auto"
 
 Choice = str | Mapping[str, str]
-"""`"expand"`, `"reduce"`, `"auto"`, or one of the first two for some layers by name or path."""
+"""`"expand"`, `"reduce"` or `"auto"`; or which of the first two for some layers by name or path."""
 
 _POOLING = (
     keras.layers.GlobalAveragePooling1D,
@@ -39,7 +39,7 @@ class WeightSharing:
     """
 
     def __init__(self, model: keras.Model, choice: Choice) -> None:
-        self._choice = AUTO if isinstance(choice, Mapping) else choice
+        self._choice = EXPAND if isinstance(choice, Mapping) else choice
         self._by_name = choice if isinstance(choice, Mapping) else {}
         self._pooled = pooled_layers(model) if self._choice == AUTO else {}
         names = {
