@@ -1,7 +1,5 @@
 """Recurrent layers: their rows and gradients at each step, their blocks, and how they train."""
 
-from functools import partial
-
 import keras
 import numpy as np
 import pytest
@@ -190,13 +188,14 @@ def sequences(examples=64):
     return x, x[:, -1] % 3
 
 
+DROPOUT = {"dropout": 0.1, "recurrent_dropout": 0.1}
 BODIES = {
     "simple": lambda: [layers.SimpleRNN(8)],
     "both-ways": lambda: [layers.Bidirectional(layers.GRU(8, reset_after=False))],
-    "stacked": lambda: [layers.RNN([layers.LSTMCell(8, dropout=0.1), layers.GRUCell(8)])],
+    "stacked": lambda: [layers.RNN([layers.LSTMCell(8, **DROPOUT), layers.GRUCell(8)])],
     "convolutional": lambda: [
         layers.Reshape((6, 4, 2)),
-        layers.ConvLSTM1D(4, 2, dropout=0.1, recurrent_dropout=0.1),
+        layers.ConvLSTM1D(4, 2, **DROPOUT),
         layers.Flatten(),
     ],
 }
@@ -266,9 +265,8 @@ def test_encoder_whose_states_start_a_decoder_learns():
     keras.utils.set_random_seed(0)
     x = keras.Input((6,), dtype="int32")
     embedded = layers.Embedding(7, 8)(x)
-    lstm = partial(layers.LSTM, 8, dropout=0.1, recurrent_dropout=0.1)
-    _, *state = lstm(return_state=True)(embedded)
-    decoded = lstm(return_sequences=True)(embedded, initial_state=state)
+    _, *state = layers.LSTM(8, return_state=True)(embedded)
+    decoded = layers.LSTM(8, return_sequences=True)(embedded, initial_state=state)
     model = helpers.compiled(keras.Model(x, layers.Dense(7)(decoded)), KFAC())
     tokens, _ = sequences()
     history = helpers.fit(model, (tokens, tokens[:, ::-1]), epochs=20).history["loss"]
