@@ -148,27 +148,23 @@ def test_models_are_covered_and_learn(name):
     assert all(np.isfinite(weights).all() for weights in model.get_weights())
 
 
+SMALL = {
+    "vocabulary_size": 50,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "intermediate_dim": 32,
+    "max_sequence_length": 8,
+}
+
+
 def hub_classifier(hub):
-    backbone = hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=8,
-    )
+    backbone = hub.models.BertBackbone(**SMALL)
     return keras.Model(backbone.input, layers.Dense(3)(backbone.output["pooled_output"]))
 
 
 def hub_language_model(hub):
-    backbone = hub.models.GPT2Backbone(
-        vocabulary_size=50,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=8,
-    )
+    backbone = hub.models.GPT2Backbone(**SMALL)
     logits = backbone.token_embedding(backbone.output, reverse=True)
     return keras.Model(backbone.input, logits)
 

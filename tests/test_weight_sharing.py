@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from keras_kfac import KFAC
-from keras_kfac.introspection import registry
 from tests import helpers
 from tests.cases import LAYERS, LOSS, factors
 from tests.reference import assert_close, kron, layer_block, relative_difference
@@ -226,21 +225,23 @@ def test_choice_takes_effect():
     assert relative_difference(found[2], found[0]) > 0.1
 
 
-def test_recurrent_layers_expand():
-    (adapter,) = registry.adapt(built_rnn(), lambda v: True)
-    assert not adapter.can_reduce
-
-
-def built_rnn():
-    layer = layers.SimpleRNN(3)
-    layer.build((None, 4, 2))
-    return layer
+@pytest.mark.parametrize("name", ["rnn", "cell", "norm"])
+def test_what_can_only_expand_is_refused_by_name_and_expands_otherwise(name):
+    rnn = layers.RNN(layers.SimpleRNNCell(3, name="cell"), name="rnn")
+    body = [layers.LayerNormalization(name="norm"), rnn]
+    model = keras.Sequential([keras.Input((4, 2)), *body, layers.Dense(1, name="head")])
+    optimizer = KFAC(weight_sharing={name: "reduce"}).attach(model, loss="mse")
+    with pytest.raises(ValueError, match=rf"Leave them out. Received: .*{name}', a "):
+        optimizer.coverage()
+    optimizer.detach()
+    rows = KFAC(weight_sharing="reduce").attach(model, loss="mse").coverage()
+    assert [row.layer.split("/")[-1] for row in rows if row.reason] == ["head"]
 
 
 def test_unknown_layers_are_refused():
     model, _ = flattened()
     optimizer = KFAC(weight_sharing={"frist": "reduce"}).attach(model, loss="mse")
-    with pytest.raises(ValueError, match=r"does not have. Received: \['frist'\]"):
+    with pytest.raises(ValueError, match=r"does not have. Use .* Received: \['frist'\]"):
         optimizer.coverage()
 
 

@@ -81,7 +81,8 @@ def plan_coverage(
         unreachable: Reasons why a layer's tensors can't be had, by `id` of the layer.
 
     Raises:
-        ValueError: If `weight_sharing` names layers that the model does not have.
+        ValueError: If `weight_sharing` names layers that the model does not have, or that can't
+            be treated so.
     """
     sharing = WeightSharing(model, weight_sharing)
     layers = _keras_internals.flatten_layers(model)
@@ -89,6 +90,7 @@ def plan_coverage(
     reasons: dict[int, str] = {}  # Why a variable has no block, by its `id`.
     for layer in layers:  # Those above come first: a recurrent layer before its cell.
         found, reason = _adapters(layer, is_trained, called, unreachable or {})
+        sharing.check(layer, found)
         for adapter in found:
             adapter.reduces = adapter.can_reduce and bool(sharing.reduces(layer))
         adapters += found
@@ -119,6 +121,7 @@ def _row(
     adapters = list({id(a): a for v in trained for a in [covered.get(id(v))] if a}.values())
     if not adapters:
         return CoverageRow(name, kind, weights, "fallback", reasons[id(trained[0])])
+    sharing.check(layer, adapters)  # Of a cell, adapters are those of its recurrent layer.
     notes = [*map(_coarseness, adapters)]
     if any(adapter.reduces for adapter in adapters):
         notes.append(sharing.reduces(layer))

@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals
-from keras_kfac.introspection.adapters import layer_path
+from keras_kfac.introspection.adapters import LayerAdapter, layer_path
 
 EXPAND, REDUCE, AUTO = "expand", "reduce", "auto"
 
@@ -50,13 +50,31 @@ class WeightSharing:
         unknown = sorted(self._by_name.keys() - names)
         if unknown:
             raise ValueError(
-                "`weight_sharing` names layers that the model does not have. Received: "
-                f"{unknown} for model {model.name!r}"
+                "`weight_sharing` names layers that the model does not have. Use names that "
+                f"`model.summary()` shows. Received: {unknown} for model {model.name!r}"
+            )
+
+    def _chosen(self, layer: keras.Layer) -> str:
+        by_name = self._by_name.get(layer.name, self._choice)
+        return self._by_name.get(layer_path(layer), by_name)
+
+    def check(self, layer: keras.Layer, adapters: Sequence[LayerAdapter]) -> None:
+        """Refuses what can't be.
+
+        Raises:
+            ValueError: If the layer was chosen by name, and none of its adapters can reduce.
+        """
+        is_named = self._by_name and self._chosen(layer) == REDUCE
+        if is_named and adapters and not any(adapter.can_reduce for adapter in adapters):
+            raise ValueError(
+                "`weight_sharing` can't be 'reduce' for recurrent layers, embeddings and layers "
+                f"with exact blocks. Leave them out. Received: {layer_path(layer)!r}, a "
+                f"{type(layer).__name__}"
             )
 
     def reduces(self, layer: keras.Layer) -> str:
         """Why a layer is to be treated by "reduce"; empty if it is not."""
-        chosen = self._by_name.get(layer_path(layer), self._by_name.get(layer.name, self._choice))
+        chosen = self._chosen(layer)
         if chosen == AUTO:
             pooling = self._pooled.get(id(layer))
             return f"reduce: {pooling!r} averages over positions" if pooling else ""
