@@ -70,6 +70,21 @@ def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
     return getattr(tensor, "_keras_mask", None)
 
 
+def projections_of(layer: keras.Layer) -> dict[str, list[keras.Layer]]:
+    """The projections in an attention layer, by the argument whose positions they are applied to.
+
+    `MultiHeadAttention` deletes the masks of its arguments before it calls them, and has no public
+    names for them.
+    """
+    if not isinstance(layer, (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)):
+        return {}
+    names = {
+        "query": ("_query_dense", "_gate_dense", "_output_dense"),
+        "value": ("_key_dense", "_value_dense"),
+    }
+    return {k: [getattr(layer, n) for n in v if hasattr(layer, n)] for k, v in names.items()}
+
+
 def current_graph() -> Any:
     """Identity of the graph being built; `None` when executing eagerly."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

@@ -94,13 +94,14 @@ class Attachment:
     def _recorded_call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if is_recording() or is_replaying() or not self._is_training(args, kwargs):
             return call(*args, **kwargs)
-        found = [(x, find_adapters(x)[0]) for x in _keras_internals.flatten_layers(self.model)]
+        layers = _keras_internals.flatten_layers(self.model)
+        found = [(layer, find_adapters(layer)[0]) for layer in layers]
         adaptable = [layer for layer, adapters in found if adapters]
         whole = {id(layer) for layer, adapters in found if any(a.with_activation for a in adapters)}
         replay = None
         if self._replays:
             replay = Replay(self.model, args, {**kwargs, "training": True})
-        with recording(adaptable, self._persistent_tape, whole) as forward_pass:
+        with recording(adaptable, self._persistent_tape, whole, layers) as forward_pass:
             outputs = call(*args, **kwargs)
         forward_pass.outputs, forward_pass.replay = outputs, replay
         self._pending = [p for p in self._pending if p.is_usable()][1 - _MOST_PENDING :]

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_kfac import _keras_internals
 from keras_kfac.introspection import forward_pass, registry, statistics
 from keras_kfac.introspection.losses import resolve_loss
 
@@ -246,7 +247,8 @@ def factors(
         adapter.reduces = adapter.can_reduce and reduce
     adapted = {id(a.layer): a.layer for a in adapters}.values()
     whole = {id(a.layer) for a in adapters if a.with_activation}
-    with forward_pass.recording(adapted, persistent=True, with_activation=whole) as recorded:
+    around = _keras_internals.flatten_layers(model)
+    with forward_pass.recording(adapted, True, whole, around) as recorded:
         recorded.outputs = model(x, training=True)
     recorded.sample_weight = sample_weight
     recorded.targets, recorded.scored = y, y is not None

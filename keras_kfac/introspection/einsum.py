@@ -75,6 +75,7 @@ class EinsumDenseAdapter(AffineAdapter):
             self.bias_name, self.part = None, "kernel"  # The bias has a block of its own.
         super().__init__(layer, trained)
         self._sizes = dict(zip(self._axes.kernel, layer.kernel.shape))
+        self.has_masks = self._axes.positions.startswith(self._axes.inputs[1])
 
     @classmethod
     def methods(cls) -> Collection[str]:

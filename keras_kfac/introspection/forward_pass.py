@@ -8,8 +8,9 @@ of all layers can be taken later, without a second forward pass.
 """
 
 import contextlib
+import inspect
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -43,6 +44,7 @@ class ForwardPass:
     Attributes:
         calls: The calls of each layer, by `id` of the layer, in order.
         unreachable: Reasons why a layer's tensors can't be used, by `id` of the layer.
+        masks: Of the inputs of layers that Keras keeps them from, by `id` of the layer.
         outputs: What the model returned.
         sample_weight: The weights given to `compute_loss`, if any.
         scored: Whether `compute_loss` has seen the outputs.
@@ -52,6 +54,7 @@ class ForwardPass:
     def __init__(self, persistent: bool) -> None:
         self.calls: dict[int, list[LayerCall]] = {}
         self.unreachable: dict[int, str] = {}
+        self.masks: dict[int, tf.Tensor | None] = {}
         self.outputs: Any = None
         self.sample_weight: Any = None
         self.targets: Any = None
@@ -141,7 +144,10 @@ def is_recording() -> bool:
 
 @contextlib.contextmanager
 def recording(
-    layers: Iterable[keras.Layer], persistent: bool, with_activation: Collection[int] = ()
+    layers: Iterable[keras.Layer],
+    persistent: bool,
+    with_activation: Collection[int] = (),
+    around: Iterable[keras.Layer] = (),
 ) -> Iterator[ForwardPass]:
     """Records what happens to `layers` in the body as one forward pass.
 
@@ -149,9 +155,13 @@ def recording(
         layers: The layers.
         persistent: Whether gradients can be taken several times.
         with_activation: `id`s of the layers whose outputs are those after the activation.
+        around: Layers that may hold some of them and keep masks from these.
     """
     forward_pass = ForwardPass(persistent)
     with contextlib.ExitStack() as stack:
+        for layer in around:
+            if projections := _keras_internals.projections_of(layer):
+                stack.enter_context(_noted_masks(layer, projections, forward_pass))
         for layer in layers:
             is_whole = id(layer) in with_activation or not hasattr(layer, "activation")
             stack.enter_context(_recorded_calls(layer, forward_pass, is_whole))
@@ -192,6 +202,8 @@ def _recorded_calls(
         mask = kwargs.get("mask")
         if not tf.is_tensor(mask):
             mask = _keras_internals.mask_of(inputs)
+        if mask is None:
+            mask = forward_pass.masks.get(id(layer))
 
         def note(outputs: Any) -> None:
             forward_pass.add_call(layer, LayerCall(inputs, outputs, replay, mask, {}))
@@ -204,6 +216,30 @@ def _recorded_calls(
             return call(*args, **kwargs)
 
     return instance_attribute(layer, "call", recorded_call)
+
+
+def _noted_masks(
+    attention: keras.Layer,
+    projections: Mapping[str, Sequence[keras.Layer]],
+    forward_pass: ForwardPass,
+) -> contextlib.AbstractContextManager[None]:
+    """Notes the masks that an attention layer is called with for its projections."""
+    call = attention.call
+    signature = inspect.signature(call)
+
+    def noted_call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        masks = {"query": given.get("query_mask"), "value": given.get("value_mask")}
+        key_mask = given.get("key_mask")
+        if key_mask is not None:  # A position that either masks is attended to by none.
+            value_mask = masks["value"]
+            both = key_mask if value_mask is None else tf.logical_and(key_mask, value_mask)
+            masks["value"] = both
+        for name, layers in projections.items():
+            forward_pass.masks.update({id(layer): masks[name] for layer in layers})
+        return call(*args, **kwargs)
+
+    return instance_attribute(attention, "call", noted_call)
 
 
 def _tap(
