@@ -32,7 +32,7 @@ HEADER = """# Coverage of keras.applications
 Written by `benchmarks/coverage.py` (Keras {version}): for each architecture, as Keras builds it,
 how many of its trained weights are under a curvature block, and which layers are left to the
 fallback optimizer. "Full", "diagonal" and "coarser" say how many of them are in such blocks: full
-or diagonal blocks of scales and offsets, Kronecker-factored blocks with a factor that is diagonal
+or diagonal blocks of scales and offsets, Kronecker-factored blocks with a factor that is in blocks
 for its size. "Pooled" says how many are in layers whose outputs are averaged over positions before
 the loss: `weight_sharing="auto"` treats them by "reduce".
 

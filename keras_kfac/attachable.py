@@ -87,7 +87,6 @@ class AttachableOptimizer(ConfiguredOptimizer):
             loss,
             variables,
             empirical=self.fisher == Fisher.EMPIRICAL,
-            persistent_tape=self.fisher == Fisher.EXACT,
             replays=self.can_adapt,
             on_replaced=self.detach,
         )

@@ -39,7 +39,6 @@ class Attachment:
         loss: Any,
         variables: Sequence[keras.Variable] | None,
         empirical: bool,
-        persistent_tape: bool,
         replays: bool,
         on_replaced: Callable[[], None],
     ) -> None:
@@ -47,7 +46,6 @@ class Attachment:
         self._variables = variables
         self._given_loss = loss
         self._empirical = empirical
-        self._persistent_tape = persistent_tape
         self._replays = replays
         self._on_replaced = on_replaced
         self._pending: list[ForwardPass] = []
@@ -101,7 +99,7 @@ class Attachment:
         replay = None
         if self._replays:
             replay = Replay(self.model, args, {**kwargs, "training": True})
-        with recording(adaptable, self._persistent_tape, whole, layers) as forward_pass:
+        with recording(adaptable, whole, layers) as forward_pass:
             outputs = call(*args, **kwargs)
         forward_pass.outputs, forward_pass.replay = outputs, replay
         self._pending = [p for p in self._pending if p.is_usable()][1 - _MOST_PENDING :]

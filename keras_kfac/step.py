@@ -13,6 +13,7 @@ from keras_kfac.curvature.regularization import l2_coefficient, penalty_change
 from keras_kfac.introspection import gauss_newton
 from keras_kfac.introspection.batch_part import BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.math.linalg import inner_product, is_finite
 from keras_kfac.math.quadratic_model import QuadraticModel
@@ -114,6 +115,7 @@ class Step:
         fixed: Learning rate and momentum to use where they are not free.
         is_free: Whether each is to be solved for.
         kl_clip: Bound of the KL clip.
+        rows: What some of the gradients may be made of.
     """
 
     batch: Batch
@@ -124,11 +126,14 @@ class Step:
     fixed: tuple[tf.Tensor, tf.Tensor]
     is_free: tuple[tf.Tensor, tf.Tensor]
     kl_clip: Any
+    rows: GradientRows | None
 
     def propose(self, damping: tf.Tensor | None = None) -> Proposal:
         """Preconditions by the inverses that are kept, or by those of a damping to try."""
-        inverses = None if damping is None else self.curvature.invert(damping)
-        blocks = self.curvature.precondition(self.gradients, inverses)
+        if damping is None:
+            blocks = self.curvature.precondition(self.gradients, rows=self.rows)
+        else:
+            blocks = self.curvature.precondition(self.gradients, self.curvature.invert(damping))
         count = group_count(len(blocks))
         bounds = [len(blocks) * i // count for i in range(count + 1)]
         groups: list[Tensors] = []

@@ -10,6 +10,7 @@ from keras import ops
 from keras_kfac.attachable import AttachableOptimizer, Built
 from keras_kfac.damping import LevenbergMarquardt, best
 from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import reduction_ratio
@@ -90,7 +91,16 @@ class SteppingOptimizer(AttachableOptimizer):
             fixed=(scalar(learning_rate, "float64"), scalar(self.momentum, "float64")),
             is_free=(self._adapts_learning_rate.value, self._momentum.adapts.value),
             kl_clip=value_at(self.kl_clip, self.iterations),
+            rows=self._rows(batch),
         )
+
+    def _rows(self, batch: Batch) -> GradientRows | None:
+        """What gradients may be made of, unless it is plain that they are not."""
+        changes = self.clipnorm, self.clipvalue, self.global_clipnorm
+        if any(changes) or self.gradient_accumulation_steps:
+            return None
+        adapters = [block.adapter for block in self._known.curvature.blocks]
+        return GradientRows.of(batch.passes, batch.loss, adapters)
 
     def _coefficients(
         self, step: Step, proposal: Proposal, model: QuadraticModel | None

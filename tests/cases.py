@@ -248,7 +248,7 @@ def factors(
     adapted = {id(a.layer): a.layer for a in adapters}.values()
     whole = {id(a.layer) for a in adapters if a.with_activation}
     around = _keras_internals.flatten_layers(model)
-    with forward_pass.recording(adapted, True, whole, around) as recorded:
+    with forward_pass.recording(adapted, whole, around) as recorded:
         recorded.outputs = model(x, training=True)
     recorded.sample_weight = sample_weight
     recorded.targets, recorded.scored = y, y is not None

@@ -149,7 +149,7 @@ class TestAnyLayer:
         x = tf.constant(RNG.normal(size=(2, *case.input_shape)))
         adapters = registry.adapt(layer, lambda v: True)
         assert {id(v) for a in adapters for v in a.variables} == {id(v) for v in layer.weights}
-        with forward_pass.recording([layer], persistent=True) as recorded:
+        with forward_pass.recording([layer]) as recorded:
             outputs = model(x)
         vector = tf.constant(RNG.normal(size=outputs.shape))
         (call,) = recorded.calls[id(layer)]
@@ -401,12 +401,11 @@ def test_bias_of_an_einsum_along_other_axes(bias_axes):
 
 
 class TestLargeLayers:
-    """Factors that are too large to be matrices are diagonals."""
+    """Factors that are too large are kept in blocks."""
 
-    def test_diagonals_are_those_of_the_matrices(self, monkeypatch):
+    def test_blocks_are_those_of_the_matrices(self, monkeypatch):
         monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", 4)
-        model, layer = built(LAYERS[0])
-        assert adapt(layer).diagonal == (True, False)
+        model, _ = built(LAYERS[0])
         x, loss = RNG.normal(size=(3, 5)), LOSS["mse"].make()
         weights = np.array([1.0, 0.0, 2.0])
         (coarse,) = factors(model, loss, x, sample_weight=weights)
@@ -414,9 +413,12 @@ class TestLargeLayers:
         (coarser,) = factors(model, loss, x, sample_weight=weights)
         monkeypatch.undo()
         (fine,) = factors(model, loss, x, sample_weight=weights)
-        assert_close(coarse.input_factor, np.diag(fine.input_factor), 1e-14)
-        assert_close(coarse.output_factor, fine.output_factor, 1e-14)
-        assert_close(coarser.output_factor, np.diag(fine.output_factor), 1e-14)
+        a, g = (np.asarray(factor) for factor in fine)
+        assert_close(coarse.input_factor, [a[:3, :3], a[3:, 3:]], 1e-14)
+        assert_close(coarse.output_factor, g, 1e-14)
+        assert_close(coarser.input_factor, [a[i : i + 2, i : i + 2] for i in (0, 2, 4)], 1e-14)
+        assert_close(coarser.output_factor[0], g[:2, :2], 1e-14)
+        assert_close(coarser.output_factor[1], np.diag([g[2, 2], 0]), 1e-14)
 
     def test_trains_and_says_so(self, monkeypatch):
         monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", 4)
@@ -427,7 +429,7 @@ class TestLargeLayers:
         assert history[-1] < 0.1 * history[0]
         (row,) = model.optimizer.coverage()
         assert row.block == "kronecker"
-        assert row.reason == "6 x 3 is large: diagonal input factor"
+        assert row.reason == "6 x 3 is large: input factor in 2 blocks"
 
 
 ATTENTION = {
@@ -459,7 +461,7 @@ def test_projections_of_attention_are_their_matrices(name):
         layer for layer in _keras_internals.flatten_layers(attention) if hasattr(layer, "equation")
     ]
     assert len(projections) == 4 + ("gated" in name)
-    with forward_pass.recording(projections, persistent=False) as recorded:
+    with forward_pass.recording(projections) as recorded:
         attention(x, x)
     for layer in projections:
         adapter, (call,) = adapt(layer), recorded.calls[id(layer)]

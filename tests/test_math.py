@@ -11,8 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_kfac.introspection.convolutions import ConvAdapter
-from keras_kfac.math import factors, kronecker, linalg, patches, step_control, update_times
+from keras_kfac.math import (
+    factors,
+    kronecker,
+    linalg,
+    patches,
+    step_control,
+    structure,
+    update_times,
+)
+from keras_kfac.math.inverses import ExactInverse, FactoredInverse, relative_change
 from keras_kfac.math.moving_average import weighted_average
+from keras_kfac.math.structure import Structure
 from tests.reference import assert_close
 
 RNG = np.random.default_rng(1)
@@ -188,6 +198,43 @@ class TestPreconditioning:
         inverse = linalg.spd_inverse(tf.constant(matrix)).numpy()
         assert np.isfinite(inverse[0]).all()
         assert np.isnan(inverse[1:]).all()
+
+
+class TestBlocks:
+    """Factors in blocks are matrices that are zero outside of these."""
+
+    @pytest.mark.parametrize(
+        ("kind", "sizes"),
+        [(FactoredInverse, (6, 9)), (ExactInverse, (6, 9)), (ExactInverse, (5, 7))],
+    )
+    @pytest.mark.parametrize("blocks", [(2, 1), (1, 3), (2, 3)])
+    def test_are_inverted_as_matrices(self, kind, sizes, blocks):
+        structures = tuple(Structure(d, k) for d, k in zip(sizes, blocks))
+        rows = [tf.constant(RNG.normal(size=(20, 1, d))) for d in sizes]
+        parts = [factors.output_factor(r, s) for r, s in zip(rows, structures)]
+        assert [part.shape for part in parts] == [s.shape for s in structures]
+        matrices = [
+            factors.output_factor(r) * np.equal.outer(*[np.arange(s.size) // s.block_size] * 2)
+            for r, s in zip(rows, structures)
+        ]
+        gradient = tf.constant(RNG.normal(size=sizes))
+
+        def preconditioned(inverse):
+            result = inverse.precondition(structure.to_blocks(gradient, structures))
+            return structure.from_blocks(result, structures)
+
+        inverses = [
+            (kind.of(*structure.aligned(parts, structures), damping), kind.of(*matrices, damping))
+            for damping in (0.3, 0.1)
+        ]
+        for inverse, expected in inverses:
+            assert_close(preconditioned(inverse), expected.precondition(gradient), 1e-12)
+        changes = [relative_change(*pair) for pair in zip(*inverses)]
+        if all(s.size == s.blocks * s.block_size for s in structures):
+            assert_close(*changes, 1e-10)
+        shapes = structure.aligned_shapes([tuple(part.shape) for part in parts], structures)
+        start = [f(shape, tf.float64) for shape, f in kind.start(*shapes)]
+        np.testing.assert_array_equal(preconditioned(kind(*start)), gradient)
 
 
 class TestMovingAverage:

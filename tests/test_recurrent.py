@@ -64,7 +64,7 @@ def adapters_of(layer, trained=lambda v: True):
 
 
 def recorded_call(layer, x, **kwargs):
-    with forward_pass.recording([layer], persistent=True, with_activation=[id(layer)]) as recorded:
+    with forward_pass.recording([layer], with_activation=[id(layer)]) as recorded:
         outputs = layer(x, **kwargs)
     (call,) = recorded.calls[id(layer)]
     vector = random_like(outputs)
@@ -223,7 +223,7 @@ def test_observing_draws_the_dropout_of_the_call_and_no_other():
     """Identity 29: the stream of random numbers stays where it is, and the masks are the same."""
     layer = layers.LSTM(3, dropout=0.5, return_sequences=True, **COMMON)
     x = tf.constant(RNG.normal(size=(2, 4, 5)))
-    with forward_pass.recording([layer], persistent=True, with_activation=[id(layer)]) as recorded:
+    with forward_pass.recording([layer], with_activation=[id(layer)]) as recorded:
         outputs = layer(x, training=True)
     state = layer.cell.seed_generator.state.numpy()
     (adapter,) = adapters_of(layer)

@@ -39,7 +39,7 @@ def float64():
 
 def recorded_pass(model, x, y=None, sample_weight=None):
     replay = Replay(model, (tf.convert_to_tensor(x),), {"training": True})
-    with forward_pass.recording([], persistent=False) as recorded:
+    with forward_pass.recording([]) as recorded:
         recorded.outputs = model(x, training=True)
     recorded.replay, recorded.sample_weight = replay, sample_weight
     recorded.targets, recorded.scored = y, y is not None

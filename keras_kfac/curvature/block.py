@@ -10,11 +10,16 @@ from keras_kfac.curvature.regularization import l2_coefficient
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
 from keras_kfac.math.inverses import Inverse, relative_change
-from keras_kfac.math.linalg import inner_product, is_finite, scalar, trace
+from keras_kfac.math.linalg import RowPairs, inner_product, is_finite, scalar, trace
 from keras_kfac.math.moving_average import weighted_average
+from keras_kfac.math.structure import aligned, aligned_shapes, from_blocks, to_blocks
 
 AddVariable = Callable[..., keras.Variable]
 """Creates a variable: `(name, shape, dtype, initializer="zeros")`."""
+
+
+# Two ways to add up a gradient agree to this, relative to its norm, in float32.
+_ROUNDING = 1e-4
 
 
 class KroneckerBlock:
@@ -30,8 +35,8 @@ class KroneckerBlock:
 
     Attributes:
         adapter: The layer.
-        input_factor: `A`, `[..., d_in, d_in]`, or its diagonal `[d_in]`.
-        output_factor: `G`, `[..., d_out, d_out]`, or its diagonal `[d_out]`.
+        input_factor: `A`, `[..., d_in, d_in]`, or what its structure keeps of it.
+        output_factor: `G`, `[..., d_out, d_out]`, likewise.
         weight: Accumulated weight of the moving averages; 0 before the first update.
         failed_refreshes: How often the damped factors could not be inverted.
         refreshes: How often they could.
@@ -49,10 +54,12 @@ class KroneckerBlock:
         self.output_factor = add_variable("output_factor", shapes[1], dtype)
         self.weight = add_variable("factor_weight", (), dtype)
         self._inverse_type = inverse_type
+        self._structures = adapter.structures
+        parts = inverse_type.start(*aligned_shapes(shapes, self._structures))
         # The identity until the first refresh succeeds: the block then passes the gradient on.
         self._inverse = [
             add_variable(name, shape, dtype, initial)
-            for name, (shape, initial) in zip(inverse_type._fields, inverse_type.start(*shapes))
+            for name, (shape, initial) in zip(inverse_type._fields, parts)
         ]
         self.failed_refreshes = add_variable("failed_refreshes", (), "int32")
         self.refreshes = add_variable("refreshes", (), "int32")
@@ -88,17 +95,18 @@ class KroneckerBlock:
 
     def trace(self) -> tf.Tensor:
         """Trace of `A ⊗ G`, undamped."""
-        traces = [
-            trace(tf.convert_to_tensor(factor))
-            for factor in (self.input_factor, self.output_factor)
-        ]
-        return tf.reduce_sum(traces[0] * traces[1])
+        a, g = self._factors()
+        return tf.reduce_sum(trace(a) * trace(g))
+
+    def _factors(self) -> list[tf.Tensor]:
+        both = [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]
+        return aligned(both, self._structures)
 
     def invert(self, damping: tf.Tensor) -> Inverse:
         """The inverse of the damped factors as they are now; not finite where that fails."""
         # The curvature of the regulariser of the kernel, the bulk of the weights.
         damping = scalar(damping, self.input_factor.dtype) + self._l2
-        a, g = (tf.convert_to_tensor(factor) for factor in (self.input_factor, self.output_factor))
+        a, g = self._factors()
         return self._inverse_type.of(a, g, damping)
 
     def keep(self, inverse: Inverse) -> None:
@@ -120,8 +128,21 @@ class KroneckerBlock:
         """The inverse as of the last successful refresh."""
         return self._inverse_type(*(tf.convert_to_tensor(part) for part in self._inverse))
 
-    def precondition(self, gradients: Gradients, inverse: Inverse) -> tuple[Gradients, tf.Tensor]:
+    def is_made_of(self, pairs: RowPairs, gradients: Gradients) -> tf.Tensor:
+        """Whether the gradients are the sum of these rows, to rounding; bool scalar."""
+        matrix = self.adapter.to_matrix(gradients)
+        rest = tf.reduce_sum(tf.square(matrix - pairs.sum()))
+        return rest <= _ROUNDING**2 * tf.reduce_sum(tf.square(matrix))
+
+    def precondition(
+        self, gradients: Gradients, inverse: Inverse, pairs: RowPairs | None = None
+    ) -> tuple[Gradients, tf.Tensor]:
         """Natural gradient of the layer's variables.
+
+        Args:
+            gradients: By `id` of the variable.
+            inverse: Of the damped factors.
+            pairs: The rows that the gradients are made of, to work on in their place.
 
         Returns:
             The directions, and their inner product with the gradients.
@@ -129,6 +150,10 @@ class KroneckerBlock:
         adapter = self.adapter
         if not adapter.takes_slices:
             gradients = {key: tf.convert_to_tensor(value) for key, value in gradients.items()}
-        directions = adapter.from_matrix(inverse.precondition(adapter.to_matrix(gradients)))
+        matrix = adapter.to_matrix(gradients) if pairs is None else pairs
+        matrix = inverse.precondition(to_blocks(matrix, self._structures))
+        if isinstance(matrix, RowPairs):
+            matrix = matrix.sum()
+        directions = adapter.from_matrix(from_blocks(matrix, self._structures))
         products = [inner_product(gradients[key], value) for key, value in directions.items()]
         return directions, tf.add_n(products)

@@ -129,12 +129,13 @@ def _row(
 
 
 def _coarseness(adapter: LayerAdapter) -> str:
-    """Which factors are diagonal for their size alone."""
-    large = [name for name, is_large in zip(("input", "output"), adapter.too_large) if is_large]
+    """Which factors are kept in blocks."""
+    sides = zip(("input", "output"), adapter.structures)
+    large = [f"{name} factor in {s.blocks} blocks" for name, s in sides if s.blocks > 1]
     if not large:
         return ""
     size = " x ".join(f"{d:,}" for d in adapter.dims)
-    return f"{size} is large: diagonal {' and '.join(large)} factor"
+    return f"{size} is large: {' and '.join(large)}"
 
 
 def _adapters(

@@ -1,18 +1,24 @@
 """The curvature of a model: all its blocks, updated and refreshed together."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+from keras import ops
 
 from keras_kfac.curvature.block import AddVariable, KroneckerBlock
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher, collect
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse, Inverse
 from keras_kfac.math.kronecker import block_damping
+from keras_kfac.math.linalg import RowPairs
+
+Direction = tuple[Gradients, tf.Tensor]
+"""Directions of the variables of a block, and their inner product with the gradients."""
 
 
 class ModelCurvature:
@@ -78,13 +84,17 @@ class ModelCurvature:
             block.keep(inverse)
 
     def precondition(
-        self, gradients: Mapping[int, tf.Tensor], inverses: Sequence[Inverse] | None = None
-    ) -> list[tuple[Gradients, tf.Tensor]]:
+        self,
+        gradients: Mapping[int, tf.Tensor],
+        inverses: Sequence[Inverse] | None = None,
+        rows: GradientRows | None = None,
+    ) -> list[Direction]:
         """Natural gradient of all covered variables that have a gradient.
 
         Args:
             gradients: By `id` of the variable.
             inverses: Those to use in place of the kept ones.
+            rows: What some of the gradients may be made of.
 
         Returns:
             For each block, in the order of the layers, its directions by `id` of the variable and
@@ -93,23 +103,22 @@ class ModelCurvature:
         Raises:
             ValueError: If a part of a block has no gradient.
         """
-        results: list[tuple[Gradients, tf.Tensor]] = []
         inverses = inverses or [block.inverse for block in self.blocks]
+        known = [] if rows is None else rows.adapters
+        results: dict[int, Direction] = {}
+        by_rows: list[_Task] = []
         for block, inverse in zip(self.blocks, inverses):
-            variables = block.adapter.variables
-            present = {id(v): gradients[id(v)] for v in variables if id(v) in gradients}
-            if not present:
-                results.append(({}, tf.zeros((), self._dtype)))
-                continue
-            if len(present) < len(variables):
-                raise ValueError(
-                    "The trained weights of a layer changed after K-FAC built its curvature "
-                    "block. Compile the model again with a new optimizer after freezing. Received: "
-                    f"layer {block.adapter.layer.name!r} without gradients for "
-                    f"{[v.path for v in variables if id(v) not in present]}"
-                )
-            results.append(block.precondition(present, inverse))
-        return results
+            task = _Task(block, inverse, _gradients_of(block, gradients))
+            if not task.gradients:
+                results[id(block)] = {}, tf.zeros((), self._dtype)
+            elif any(block.adapter is adapter for adapter in known):
+                by_rows.append(task)
+            else:
+                results[id(block)] = task.direction()
+        if rows is not None and by_rows:
+            directions = _directions_by_rows(by_rows, rows)
+            results.update({id(t.block): d for t, d in zip(by_rows, directions)})
+        return [results[id(block)] for block in self.blocks]
 
     def mean_eigenvalue(self) -> tf.Tensor:
         """Mean eigenvalue of the approximate Fisher matrix, undamped."""
@@ -129,6 +138,48 @@ class ModelCurvature:
         """Blocks whose damped factors could not be inverted, and how often."""
         counts = {b.adapter.path: int(b.failed_refreshes.numpy()) for b in self.blocks}
         return {name: count for name, count in counts.items() if count}
+
+
+class _Task(NamedTuple):
+    """A block to precondition by."""
+
+    block: KroneckerBlock
+    inverse: Inverse
+    gradients: Gradients
+
+    def direction(self, pairs: RowPairs | None = None) -> Direction:
+        return self.block.precondition(self.gradients, self.inverse, pairs)
+
+
+def _gradients_of(block: KroneckerBlock, gradients: Mapping[int, tf.Tensor]) -> Gradients:
+    variables = block.adapter.variables
+    present = {id(v): gradients[id(v)] for v in variables if id(v) in gradients}
+    if present and len(present) < len(variables):
+        raise ValueError(
+            "The trained weights of a layer changed after K-FAC built its curvature "
+            "block. Compile the model again with a new optimizer after freezing. Received: "
+            f"layer {block.adapter.layer.name!r} without gradients for "
+            f"{[v.path for v in variables if id(v) not in present]}"
+        )
+    return present
+
+
+def _directions_by_rows(tasks: Sequence[_Task], rows: GradientRows) -> list[Direction]:
+    """Directions from the rows of the gradients where that is cheaper, else from their sums.
+
+    A training loop can do to gradients what it likes: the rows count if they make up these.
+    """
+
+    def from_sums() -> list[Direction]:
+        return [task.direction() for task in tasks]
+
+    def from_rows() -> list[Direction]:
+        pairs = rows.pairs()
+        each = [(task, pairs[id(task.block.adapter)]) for task in tasks]
+        agree = tf.reduce_all([t.block.is_made_of(pair, t.gradients) for t, pair in each])
+        return ops.cond(agree, lambda: [t.direction(pair) for t, pair in each], from_sums)
+
+    return ops.cond(rows.is_cheaper(), from_rows, from_sums)
 
 
 def _prefixed(add_variable: AddVariable, prefix: str) -> AddVariable:

@@ -17,12 +17,13 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
+from keras_kfac.math.structure import Structure, Structures
 
 Gradients = dict[int, tf.Tensor]
 """Gradients (or directions) of a layer's variables, by `id` of the variable."""
 
-# A factor of more rows than this is taken to be diagonal: the matrix would need 256 MB and seconds
-# to invert, on the fastest processors too.
+# A factor of more rows than this is kept in blocks on its diagonal: inverting it would hold up a
+# step, and preconditioning by it all steps.
 MAX_DENSE_FACTOR = 8192
 
 
@@ -125,24 +126,17 @@ class LayerAdapter(abc.ABC):
         """`(d_in, d_out)` of the block."""
 
     @property
-    def diagonal(self) -> tuple[bool, bool]:
-        """Whether the input factor and the output factor are kept as diagonals."""
-        return self.too_large
-
-    @property
-    def too_large(self) -> tuple[bool, bool]:
-        """Whether they are too large to be kept as matrices."""
-        if self.groups is not None:  # Many of that size would have no room in any case.
-            return False, False
-        return self.dims[0] > MAX_DENSE_FACTOR, self.dims[1] > MAX_DENSE_FACTOR
+    def structures(self) -> Structures:
+        """What is kept of the input factor and the output factor: of each group, all."""
+        rows, columns = map(Structure, self.dims)
+        if self.groups is None:
+            rows, columns = (s.split(MAX_DENSE_FACTOR) for s in (rows, columns))
+        return rows, columns
 
     @property
     def factor_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the input factor and the output factor."""
-        return [
-            (d,) if is_diagonal else (*self._leading, d, d)
-            for d, is_diagonal in zip(self.dims, self.diagonal)
-        ]
+        return [(*self._leading, *structure.shape) for structure in self.structures]
 
     @abc.abstractmethod
     def input_moment(
@@ -156,7 +150,7 @@ class LayerAdapter(abc.ABC):
 
     def output_factor(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """The output factor of a call, given the gradients of its outputs."""
-        return factors.output_factor(self.output_rows(gradients, *observed), self.diagonal[1])
+        return factors.output_factor(self.output_rows(gradients, *observed), self.structures[1])
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """What the output rows of a call depend on beside the gradients.
@@ -239,14 +233,14 @@ class AffineAdapter(LayerAdapter):
             masks = [_stretched(mask, rows) for mask in observed]
             rows, example_weights = factors.mean_rows(rows, example_weights, *masks)
             observed = ()
-        return masked_moment(rows, example_weights, observed, self.diagonal[0])
+        return masked_moment(rows, example_weights, observed, self.structures[0])
 
     def output_factor(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """The output factor of a call, given the gradients of its outputs."""
         rows = self.output_rows(gradients, *observed)
         if self.reduces:
             rows = tf.reduce_sum(rows, axis=-2, keepdims=True)
-        return factors.output_factor(rows, self.diagonal[1])
+        return factors.output_factor(rows, self.structures[1])
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """The mask, if there is one."""
@@ -309,7 +303,10 @@ class AffineAdapter(LayerAdapter):
 
 
 def masked_moment(
-    rows: tf.Tensor, example_weights: tf.Tensor | None, masks: Sequence[tf.Tensor], diagonal: bool
+    rows: tf.Tensor,
+    example_weights: tf.Tensor | None,
+    masks: Sequence[tf.Tensor],
+    structure: Structure,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """`factors.input_moment` of the positions that count.
 
@@ -317,12 +314,12 @@ def masked_moment(
         rows: `[..., batch, positions, d]`.
         example_weights: `[batch]`, or `None`.
         masks: None, or one `[batch, steps]`. Steps may consist of several positions each.
-        diagonal: Whether to compute the diagonal only.
+        structure: What to compute of the matrix.
     """
     weights = example_weights
     for mask in masks:
         weights = factors.row_weights(weights, _stretched(mask, rows))
-    return factors.input_moment(rows, weights, diagonal)
+    return factors.input_moment(rows, weights, structure)
 
 
 def _stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:

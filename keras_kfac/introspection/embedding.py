@@ -16,6 +16,7 @@ from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
 from keras_kfac.math.kronecker import product_for_sum
 from keras_kfac.math.linalg import Gradient
+from keras_kfac.math.structure import Structure, Structures
 
 
 class EmbeddingAdapter(LayerAdapter):
@@ -47,14 +48,9 @@ class EmbeddingAdapter(LayerAdapter):
         return tuple(self._table.shape)
 
     @property
-    def diagonal(self) -> tuple[bool, bool]:
-        """The input factor is, whatever its size."""
-        return True, self.too_large[1]
-
-    @property
-    def too_large(self) -> tuple[bool, bool]:
-        """Diagonal as it is, no table is too large."""
-        return False, super().too_large[1]
+    def structures(self) -> Structures:
+        """The input factor is diagonal as it is."""
+        return Structure(self.dims[0], is_diagonal=True), Structure(self.dims[1])
 
     def input_moment(
         self,
@@ -156,7 +152,7 @@ class ReverseAdapter(LayerAdapter):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The second moment of the vectors."""
         rows = rows_of_positions(tf.cast(inputs, dtype))
-        return masked_moment(rows, example_weights, observed[1:], self.diagonal[0])
+        return masked_moment(rows, example_weights, observed[1:], self.structures[0])
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of the gradients of the logits, before they are capped."""
@@ -178,6 +174,6 @@ class _TiedReverseAdapter(ReverseAdapter):
     """The projection back by the table of the embedding; a use of that, not a block."""
 
     @property
-    def diagonal(self) -> tuple[bool, bool]:
-        """As the factors of the embedding, the other way round."""
-        return self.too_large[0], True
+    def structures(self) -> Structures:
+        """As those of the embedding, the other way round."""
+        return Structure(self.dims[0]), Structure(self.dims[1], is_diagonal=True)

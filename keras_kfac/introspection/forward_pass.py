@@ -51,7 +51,7 @@ class ForwardPass:
         replay: Runs the same forward pass again.
     """
 
-    def __init__(self, persistent: bool) -> None:
+    def __init__(self) -> None:
         self.calls: dict[int, list[LayerCall]] = {}
         self.unreachable: dict[int, str] = {}
         self.masks: dict[int, tf.Tensor | None] = {}
@@ -60,7 +60,7 @@ class ForwardPass:
         self.targets: Any = None
         self.scored = False
         self.replay: Replay | None = None
-        self.tape = tf.GradientTape(persistent=persistent, watch_accessed_variables=False)
+        self.tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
         self._graph = _keras_internals.current_graph()
 
     def is_usable(self) -> bool:
@@ -145,7 +145,6 @@ def is_recording() -> bool:
 @contextlib.contextmanager
 def recording(
     layers: Iterable[keras.Layer],
-    persistent: bool,
     with_activation: Collection[int] = (),
     around: Iterable[keras.Layer] = (),
 ) -> Iterator[ForwardPass]:
@@ -153,11 +152,10 @@ def recording(
 
     Args:
         layers: The layers.
-        persistent: Whether gradients can be taken several times.
         with_activation: `id`s of the layers whose outputs are those after the activation.
         around: Layers that may hold some of them and keep masks from these.
     """
-    forward_pass = ForwardPass(persistent)
+    forward_pass = ForwardPass()
     with contextlib.ExitStack() as stack:
         for layer in around:
             if projections := _keras_internals.projections_of(layer):

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter, own_variables
 from keras_kfac.introspection.forward_pass import LayerCall
+from keras_kfac.math.structure import Structure, Structures
 
 # Up to so many weights have a full block: a matrix that costs next to nothing to invert.
 MAX_FULL_BLOCK = 256
@@ -43,7 +44,7 @@ class PerExampleAdapter(LayerAdapter):
     @property
     def block(self) -> str:
         """Whether the block is full or diagonal."""
-        return "diagonal" if self.diagonal[1] else "full"
+        return "diagonal" if self.structures[1].is_diagonal else "full"
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -51,14 +52,10 @@ class PerExampleAdapter(LayerAdapter):
         return 1, sum(self._sizes)
 
     @property
-    def diagonal(self) -> tuple[bool, bool]:
-        """Whether the weights are too many for a full block."""
-        return False, self.dims[1] > MAX_FULL_BLOCK
-
-    @property
-    def too_large(self) -> tuple[bool, bool]:
-        """What `block` says already."""
-        return False, False
+    def structures(self) -> Structures:
+        """The second is diagonal if the weights are too many for a full block."""
+        size = self.dims[1]
+        return Structure(1), Structure(size, is_diagonal=size > MAX_FULL_BLOCK)
 
     def input_moment(
         self,

@@ -141,7 +141,7 @@ class RecurrentAdapter(LayerAdapter):
         """The second moment of the input rows, and its weight."""
         inputs, states, _, *mask = observed
         rows = self.input_rows(inputs, states)
-        return masked_moment(rows, example_weights, mask, self.diagonal[0])
+        return masked_moment(rows, example_weights, mask, self.structures[0])
 
     def input_rows(self, inputs: tf.Tensor, states: tf.Tensor) -> tf.Tensor:
         """What the weights multiply, `[..., batch, steps, d_in]`."""

@@ -15,6 +15,8 @@ al. (2023), arXiv:2311.00636 (expand and reduce).
 
 import tensorflow as tf
 
+from keras_kfac.math.structure import Structure
+
 
 def with_homogeneous_coordinate(rows: tf.Tensor) -> tf.Tensor:
     """Appends the constant 1 that multiplies the bias: `[..., d]` becomes `[..., d + 1]`."""
@@ -82,7 +84,7 @@ def mean_rows(
 
 
 def input_moment(
-    rows: tf.Tensor, weights: tf.Tensor | None = None, diagonal: bool = False
+    rows: tf.Tensor, weights: tf.Tensor | None = None, structure: Structure | None = None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sum of `a aᵀ` over examples and positions, and the weight of the sum.
 
@@ -92,14 +94,14 @@ def input_moment(
         rows: `[..., batch, positions, d_in]`.
         weights: Of examples `[batch]`, or of rows `[batch, positions]`; non-negative, any scale;
             `None` weights all alike. What has weight 0 does not count, whatever it holds.
-        diagonal: Whether to compute the diagonal only.
+        structure: What to compute of the matrix; all by default.
 
     Returns:
-        `[..., d_in, d_in]`, or `[..., d_in]`, and a scalar.
+        `[..., d_in, d_in]`, or what the structure keeps of it, and a scalar.
     """
     shape = tf.cast(tf.shape(rows), rows.dtype)
     if weights is None:
-        return _moment(rows, diagonal), shape[-3] * shape[-2]
+        return _moment(rows, structure), shape[-3] * shape[-2]
     weights = tf.cast(weights, rows.dtype)
     total = tf.reduce_sum(weights)
     if weights.shape.rank == 1:
@@ -107,7 +109,7 @@ def input_moment(
     weights = weights[..., tf.newaxis]
     # `where` and not a product alone: 0 * inf of an ignored row must be 0.
     rows = tf.where(weights > 0, rows * tf.sqrt(weights), tf.zeros_like(rows))
-    return _moment(rows, diagonal), total
+    return _moment(rows, structure), total
 
 
 def index_moment(indices: tf.Tensor, size: int, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -129,13 +131,15 @@ def index_moment(indices: tf.Tensor, size: int, weights: tf.Tensor) -> tuple[tf.
     return tf.math.unsorted_segment_sum(weights, indices, size), tf.reduce_sum(weights)
 
 
-def output_factor(rows: tf.Tensor, diagonal: bool = False) -> tf.Tensor:
-    """Output factor `G`: the sum of `g gᵀ` over examples and positions, or its diagonal."""
-    return _moment(rows, diagonal)
+def output_factor(rows: tf.Tensor, structure: Structure | None = None) -> tf.Tensor:
+    """Output factor `G`: the sum of `g gᵀ` over examples and positions, or a part of it."""
+    return _moment(rows, structure)
 
 
-def _moment(rows: tf.Tensor, diagonal: bool) -> tf.Tensor:
-    if diagonal:
+def _moment(rows: tf.Tensor, structure: Structure | None) -> tf.Tensor:
+    if structure is not None and structure.is_diagonal:
         return tf.reduce_sum(tf.square(rows), axis=[-3, -2])
     merged = _merge_positions(rows)
+    if structure is not None and structure.blocks > 1:
+        merged = structure.parts(merged)
     return tf.matmul(merged, merged, transpose_a=True)

@@ -1,7 +1,8 @@
 """Inverses of a damped Kronecker product, in the two ways to damp it.
 
 Each factor is a matrix `[..., d, d]`, or the diagonal `[d]` of a diagonal one; so are the parts of
-the inverse that belong to it.
+the inverse that belong to it. Factors in blocks have the axes of the gradient's blocks: see
+`structure.aligned`.
 
 Source: Martens & Grosse (2015), arXiv:1503.05671, section 6.3 (factored damping); George et al.
 (2018), arXiv:1806.03884, section 3.1 (eigenbases).
@@ -104,7 +105,8 @@ class ExactInverse(NamedTuple):
     def start(input_factor: Shape, output_factor: Shape) -> Start:
         """What makes up the identity, for factors of these shapes."""
         bases = [(input_factor, identity), (output_factor, identity)]
-        leading = input_factor[:-2]  # A diagonal factor has none.
+        # A diagonal factor has no leading axes; blocks broadcast with those of the other factor.
+        leading = tuple(map(max, zip(input_factor[:-2], output_factor[:-2])))
         return [*bases, ((*leading, input_factor[-1], output_factor[-1]), tf.ones), ((), tf.ones)]
 
     def precondition(self, gradient: Gradient) -> Gradient:

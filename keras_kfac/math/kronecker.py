@@ -19,8 +19,10 @@ from keras_kfac.math.linalg import (
 
 
 def _mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
-    """Trace over dimension, `[...]`."""
-    return trace(factor) / tf.cast(tf.shape(factor)[-1], factor.dtype)
+    """Trace over dimension, `[...]`; blocks of one matrix have it in common."""
+    mean = trace(factor) / tf.cast(tf.shape(factor)[-1], factor.dtype)
+    is_in_blocks = factor.shape.rank == 4
+    return tf.reduce_mean(mean, axis=[0, 1], keepdims=True) if is_in_blocks else mean
 
 
 def product_for_sum(
@@ -84,8 +86,8 @@ def factored_damping(
     `A ⊗ G + λ I`. A factor of trace zero (a dead layer) makes the block `λ I`.
 
     Args:
-        input_factor: `A`, `[..., d_in, d_in]`, or its diagonal `[d_in]`.
-        output_factor: `G`, `[..., d_out, d_out]`, or its diagonal `[d_out]`.
+        input_factor: `A`, `[..., d_in, d_in]`, its diagonal `[d_in]`, or blocks `[k, 1, b, b]`.
+        output_factor: `G`, `[..., d_out, d_out]`, `[d_out]`, or `[1, l, c, c]`.
         damping: `λ >= 0`, scalar, in units of the curvature (loss per squared weight).
 
     Returns:

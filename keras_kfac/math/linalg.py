@@ -1,14 +1,34 @@
 """Linear algebra of symmetric positive definite matrices.
 
 A vector `[d]` stands for the diagonal matrix whose diagonal it is, wherever a matrix
-`[..., d, d]` can. Gradients can be `tf.IndexedSlices`: a few rows of a matrix.
+`[..., d, d]` can. Gradients can be `tf.IndexedSlices`, a few rows of a matrix, or `RowPairs`, what
+a matrix is the sum of.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
-Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
+
+class RowPairs(NamedTuple):
+    """A gradient `Σ aₙ gₙᵀ` that is not added up yet.
+
+    Products with matrices take less as long as there are few terms.
+
+    Attributes:
+        inputs: Rows `a`, `[..., n, d_in]`.
+        outputs: Rows `g`, `[..., n, d_out]`.
+    """
+
+    inputs: tf.Tensor
+    outputs: tf.Tensor
+
+    def sum(self) -> tf.Tensor:
+        """The gradient as a matrix, `[..., d_in, d_out]`."""
+        return tf.matmul(self.inputs, self.outputs, transpose_a=True)
+
+
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | RowPairs
 
 
 def scalar(value: float | tf.Tensor, dtype: tf.DType | str) -> tf.Tensor:
@@ -60,6 +80,9 @@ def scaled_plus_identity(scale: tf.Tensor, matrix: tf.Tensor, amount: tf.Tensor)
 
 def left_product(matrix: tf.Tensor, gradient: Gradient, transpose: bool = False) -> Gradient:
     """`M X`, or `Mᵀ X`; a few rows of `X` can be multiplied by a diagonal matrix only."""
+    if isinstance(gradient, RowPairs):
+        rows = right_product(gradient.inputs, matrix, not transpose)
+        return gradient._replace(inputs=rows)
     if not is_diagonal(matrix):
         return tf.matmul(matrix, gradient, transpose_a=transpose)
     return scaled_rows(gradient, matrix[:, tf.newaxis])
@@ -70,6 +93,8 @@ def right_product(gradient: Gradient, matrix: tf.Tensor, transpose: bool = False
     if isinstance(gradient, tf.IndexedSlices):
         product = right_product(gradient.values, matrix, transpose)
         return tf.IndexedSlices(product, gradient.indices, gradient.dense_shape)
+    if isinstance(gradient, RowPairs):
+        return gradient._replace(outputs=right_product(gradient.outputs, matrix, transpose))
     if is_diagonal(matrix):
         return gradient * matrix
     return tf.matmul(gradient, matrix, transpose_b=transpose)
@@ -77,6 +102,8 @@ def right_product(gradient: Gradient, matrix: tf.Tensor, transpose: bool = False
 
 def scaled_rows(gradient: Gradient, scale: tf.Tensor) -> Gradient:
     """Elementwise product; of a few rows, with the same rows of `scale` (a scalar is for all)."""
+    if isinstance(gradient, RowPairs):
+        gradient = gradient.sum()
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient * scale
     if scale.shape.rank:

@@ -1,0 +1,97 @@
+"""Gradients of dense layers as the rows that they are made of: `∇W = Σ aₙ gₙᵀ` over examples.
+
+A wide layer has more rows and columns than a batch has examples, and then these rows are cheaper to
+precondition than their sum. Keras hands the sum to the optimizer. The rows take one more pass
+backwards through the layers at the end of the network.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import tensorflow as tf
+
+from keras_kfac.introspection.adapters import AffineAdapter, LayerAdapter
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import ModelLoss, single_output
+from keras_kfac.math.linalg import RowPairs
+from keras_kfac.math.structure import products
+
+# Blocks whose gradient takes fewer multiplications to precondition are not worth the trouble.
+MIN_PRODUCTS = 2**24
+
+
+class GradientRows(NamedTuple):
+    """The layers of a forward pass whose gradients can be had as rows.
+
+    Attributes:
+        forward_pass: The pass, with its targets.
+        loss: What the gradients are of, up to regularisers.
+        adapters: Those of dense layers at the end of the network.
+    """
+
+    forward_pass: ForwardPass
+    loss: ModelLoss
+    adapters: Sequence[AffineAdapter]
+
+    @classmethod
+    def of(
+        cls, passes: Sequence[ForwardPass], loss: ModelLoss, adapters: Sequence[LayerAdapter]
+    ) -> Self | None:
+        """`None` if there is no such layer.
+
+        Args:
+            passes: Forward passes that make up the loss.
+            loss: The loss.
+            adapters: Those of all layers with blocks.
+        """
+        forward_pass = passes[0]
+        if len(passes) > 1 or not forward_pass.scored or forward_pass.targets is None:
+            return None
+        found: list[AffineAdapter] = []
+        for key, (call, *more) in reversed(forward_pass.calls.items()):
+            if more or call.inputs.shape.rank != 2:
+                break  # The pass backwards ends here: beyond, its cost is not known.
+            own = [a for a in adapters if id(a.layer) == key and isinstance(a, AffineAdapter)]
+            found += [adapter for adapter in own if _suits(adapter, call.inputs.dtype)]
+        return cls(forward_pass, loss, found) if found else None
+
+    def is_cheaper(self) -> tf.Tensor:
+        """Whether the batch is small enough, bool scalar."""
+        summed, by_rows = 0, tf.zeros((), tf.float64)
+        for adapter in self.adapters:
+            structures, (d_in, d_out) = adapter.structures, adapter.dims
+            summed += products(structures)
+            # One pass backwards, and one comparison with the gradient.
+            each = products(structures, pairs=1) + 2 * d_in * d_out
+            by_rows += each * tf.cast(tf.shape(self._inputs(adapter))[0], by_rows.dtype)
+        return by_rows < summed
+
+    def _inputs(self, adapter: LayerAdapter) -> tf.Tensor:
+        (call,) = self.forward_pass.calls[id(adapter.layer)]
+        return call.inputs
+
+    def pairs(self) -> dict[int, RowPairs]:
+        """The rows, by `id` of the adapter."""
+        forward_pass = self.forward_pass
+        targets, outputs = forward_pass.single_target(), single_output(forward_pass)
+        coefficients = self.loss.coefficients(outputs, forward_pass.sample_weight)
+        with forward_pass.tape:
+            values = self.loss.values(targets, outputs)
+            total = tf.reduce_sum(values * tf.cast(coefficients, values.dtype))
+        layers = {id(adapter.layer): adapter.layer for adapter in self.adapters}.values()
+        gradients = forward_pass.output_gradients(layers, total, None)
+        rows: dict[int, RowPairs] = {}
+        for adapter in self.adapters:
+            (gradient,) = gradients[id(adapter.layer)]
+            rows[id(adapter)] = RowPairs(
+                tf.squeeze(adapter.input_rows(self._inputs(adapter)), axis=-2),
+                tf.squeeze(adapter.output_rows(gradient), axis=-2),
+            )
+        return rows
+
+
+def _suits(adapter: AffineAdapter, dtype: tf.DType) -> bool:
+    """Whether it is large, in full precision, and its gradient that of the loss alone."""
+    is_plain = all(v.regularizer is None and v.dtype == dtype.name for v in adapter.variables)
+    is_large = products(adapter.structures) >= MIN_PRODUCTS
+    return is_plain and is_large and adapter.groups is None

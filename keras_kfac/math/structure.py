@@ -1,0 +1,144 @@
+"""What of a Kronecker factor is kept: all, equal blocks on its diagonal, or the diagonal alone.
+
+Blocks are a matrix `[k, b, b]`; the last one is filled up with zeros. So that they multiply the
+parts of a gradient that belong to them, factors in blocks have an axis for each of both:
+`[k, 1, b, b]` from the left and `[1, l, c, c]` from the right of the gradient `[k, l, b, c]`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import tensorflow as tf
+
+from keras_kfac.math.linalg import Gradient, RowPairs
+
+Shape = tuple[int, ...]
+
+
+class Structure(NamedTuple):
+    """The part of a `[size, size]` matrix that is kept.
+
+    Attributes:
+        size: Number of rows.
+        blocks: Number of blocks on the diagonal, 1 for the whole matrix.
+        is_diagonal: Whether only the diagonal is kept.
+    """
+
+    size: int
+    blocks: int = 1
+    is_diagonal: bool = False
+
+    def split(self, largest: int) -> Self:
+        """The same in as few blocks as make none larger than that.
+
+        Example:
+        >>> Structure(10).split(4)
+        Structure(size=10, blocks=3, is_diagonal=False)
+        """
+        return self._replace(blocks=-(-self.size // largest))
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a block."""
+        return -(-self.size // self.blocks)
+
+    @property
+    def shape(self) -> Shape:
+        """Of what is kept."""
+        if self.is_diagonal:
+            return (self.size,)
+        whole = (self.block_size, self.block_size)
+        return whole if self.blocks == 1 else (self.blocks, *whole)
+
+    def parts(self, rows: tf.Tensor) -> tf.Tensor:
+        """Rows `[n, size]` in columns for each block: `[blocks, n, block_size]`.
+
+        Example:
+        >>> Structure(3, blocks=2).parts(tf.constant([[1.0, 2.0, 3.0]])).numpy().tolist()
+        [[[1.0, 2.0]], [[3.0, 0.0]]]
+        """
+        parts = tf.reshape(self.padded(rows, axis=1), [-1, self.blocks, self.block_size])
+        return tf.transpose(parts, [1, 0, 2])
+
+    def padded(self, matrix: tf.Tensor, axis: int) -> tf.Tensor:
+        """A matrix of `size` rows or columns, with zeros for what the last block has too much."""
+        missing = self.blocks * self.block_size - self.size
+        if not missing:
+            return matrix
+        return tf.pad(matrix, [[0, missing if i == axis else 0] for i in range(2)])
+
+
+Structures = tuple[Structure, Structure]
+"""Those of the input factor and the output factor."""
+
+
+def products(structures: Structures, pairs: int | None = None) -> int:
+    """Multiplications that it takes to precondition a gradient.
+
+    Args:
+        structures: Those of the factors.
+        pairs: The number of terms if the gradient comes as `RowPairs`; what they save elsewhere and
+            what they cost apart from the preconditioning is not counted.
+
+    Example:
+    >>> structures = Structure(1000), Structure(500, blocks=2)
+    >>> products(structures), products(structures, pairs=100)
+    (625000000, 162500000)
+    """
+    d_in, d_out = (structure.size for structure in structures)
+    each = [1 if s.is_diagonal else s.block_size for s in structures]
+    if pairs is None:
+        return d_in * d_out * sum(each)
+    return pairs * (d_in * each[0] + d_out * each[1] + d_in * d_out)
+
+
+def in_blocks(structures: Structures) -> bool:
+    """Whether either factor is."""
+    return any(structure.blocks > 1 for structure in structures)
+
+
+def aligned_shapes(shapes: Sequence[Shape], structures: Structures) -> Sequence[Shape]:
+    """Shapes of both factors, with the axes of the gradient's blocks if it has any."""
+    if not in_blocks(structures):
+        return shapes
+    rows, columns = structures
+    return [(rows.blocks, 1, *shapes[0][-2:]), (1, columns.blocks, *shapes[1][-2:])]
+
+
+def aligned(factors: Sequence[tf.Tensor], structures: Structures) -> list[tf.Tensor]:
+    """Both factors, with the axes of the gradient's blocks if it has any."""
+    shapes = aligned_shapes([tuple(factor.shape) for factor in factors], structures)
+    return [tf.reshape(factor, shape) for factor, shape in zip(factors, shapes)]
+
+
+def to_blocks(matrix: Gradient, structures: Structures) -> Gradient:
+    """A gradient `[d_in, d_out]` as `[k, l, b, c]`; as it is if neither factor is in blocks.
+
+    Example:
+    >>> structures = Structure(2), Structure(3, blocks=2)
+    >>> blocks = to_blocks(tf.constant([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), structures)
+    >>> blocks.numpy().tolist()
+    [[[[1.0, 2.0], [4.0, 5.0]], [[3.0, 0.0], [6.0, 0.0]]]]
+    >>> from_blocks(blocks, structures).numpy().tolist()
+    [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    """
+    if not in_blocks(structures):
+        return matrix
+    rows, columns = structures
+    if isinstance(matrix, RowPairs):
+        return RowPairs(
+            rows.parts(matrix.inputs)[:, tf.newaxis], columns.parts(matrix.outputs)[tf.newaxis]
+        )
+    matrix = columns.padded(rows.padded(matrix, axis=0), axis=1)
+    shape = [rows.blocks, rows.block_size, columns.blocks, columns.block_size]
+    return tf.transpose(tf.reshape(matrix, shape), [0, 2, 1, 3])
+
+
+def from_blocks(blocks: Gradient, structures: Structures) -> Gradient:
+    """Inverse of `to_blocks`."""
+    if not in_blocks(structures):
+        return blocks
+    rows, columns = structures
+    shape = [rows.blocks * rows.block_size, columns.blocks * columns.block_size]
+    matrix = tf.reshape(tf.transpose(blocks, [0, 2, 1, 3]), shape)
+    return matrix[: rows.size, : columns.size]

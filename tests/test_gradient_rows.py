@@ -1,0 +1,164 @@
+"""Gradients of wide dense layers, preconditioned as the rows that they are made of."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kfac import KFAC
+from keras_kfac.curvature.block import KroneckerBlock
+from keras_kfac.introspection import adapters, gradient_rows
+from keras_kfac.introspection.forward_pass import recording
+from keras_kfac.introspection.gradient_rows import GradientRows
+from keras_kfac.introspection.losses import resolve_loss
+from keras_kfac.introspection.registry import adapt
+from tests import helpers
+from tests.reference import assert_close
+
+layers = keras.layers
+RNG = np.random.default_rng(5)
+FLOAT = {"dtype": "float64"}
+STEPS = 3
+
+
+def network(**options):
+    """A convolution, below which rows are not looked for, and two dense layers above."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((4, 4, 1), **FLOAT),
+            layers.Conv2D(3, 2, activation="tanh", **FLOAT),
+            layers.Flatten(),
+            layers.Dense(12, "tanh", bias_initializer="random_normal", **FLOAT, **options),
+            layers.Dropout(0.2, seed=1, **FLOAT),
+            layers.Dense(10, "tanh", use_bias=False, **FLOAT),
+            layers.LayerNormalization(**FLOAT),
+            layers.Dense(3, **FLOAT),
+        ]
+    )
+
+
+def data(examples=4):
+    return RNG.normal(size=(examples * STEPS, 4, 4, 1)), RNG.integers(0, 3, examples * STEPS)
+
+
+@pytest.fixture
+def use_of_rows(monkeypatch):
+    """Notes for each block that is preconditioned whether that was by rows."""
+    notes = []
+    precondition = KroneckerBlock.precondition
+
+    def noted(self, gradients, inverse, pairs=None):
+        notes.append(pairs is not None)
+        return precondition(self, gradients, inverse, pairs)
+
+    monkeypatch.setattr(KroneckerBlock, "precondition", noted)
+    return notes
+
+
+def weights_after(monkeypatch, model, batches, smallest, **kwargs):
+    """What a few steps make of the weights, with rows for all blocks that are not too small."""
+    monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", smallest)
+    with helpers.precision("float64"):
+        helpers.compiled(model, KFAC(**kwargs), run_eagerly=True)
+        helpers.train_on_batches(model, batches, size=len(batches[0]) // STEPS)
+    return model.get_weights()
+
+
+class TestRows:
+    @pytest.mark.parametrize("exact", [False, True], ids=["factored", "exact"])
+    @pytest.mark.parametrize("largest", [8192, 6], ids=["whole", "in-blocks"])
+    def test_make_the_same_steps(self, monkeypatch, use_of_rows, exact, largest):
+        monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", largest)
+        batches = data(examples=2)
+        expected = weights_after(monkeypatch, network(), batches, 2**60, exact_damping=exact)
+        assert not any(use_of_rows)
+        use_of_rows.clear()
+        actual = weights_after(monkeypatch, network(), batches, 1, exact_damping=exact)
+        # Three dense layers; neither the convolution nor the normalisation.
+        assert sum(use_of_rows) >= 3 * STEPS
+        for a, b in zip(actual, expected, strict=True):
+            assert_close(a, b, 1e-9)
+
+    @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+    def test_in_graphs(self, monkeypatch, jit_compile):
+        x, y = helpers.vectors(48)
+
+        def train(smallest):
+            monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", smallest)
+            model = helpers.compiled(helpers.mlp(), KFAC(), jit_compile=jit_compile)
+            helpers.fit(model, (x, y), batch_size=2)
+            return model.get_weights()
+
+        for a, b in zip(train(1), train(2**60), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+    def test_large_batches_are_summed(self, monkeypatch, use_of_rows):
+        weights_after(monkeypatch, network(), data(examples=64), 1)
+        assert not any(use_of_rows)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"kernel_regularizer": keras.regularizers.L2(0.1)},
+            {"kernel_regularizer": keras.regularizers.L1(0.1)},
+            {"activity_regularizer": keras.regularizers.L2(0.1)},
+        ],
+        ids=["l2", "l1", "activity"],
+    )
+    def test_of_other_gradients_than_those_of_the_loss(self, monkeypatch, options):
+        batches = data()
+        expected = weights_after(monkeypatch, network(**options), batches, 2**60)
+        actual = weights_after(monkeypatch, network(**options), batches, 1)
+        for a, b in zip(actual, expected, strict=True):
+            assert_close(a, b, 1e-9)
+
+    @pytest.mark.parametrize("options", [{"clipnorm": 0.01}, {"gradient_accumulation_steps": 3}])
+    def test_are_not_looked_for_where_gradients_are_changed(
+        self, monkeypatch, use_of_rows, options
+    ):
+        weights_after(monkeypatch, network(), data(), 1, **options)
+        assert not any(use_of_rows)
+
+    def test_custom_loops_can_change_gradients(self, monkeypatch, use_of_rows):
+        """Rows that do not make up the gradient are noticed."""
+        monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
+        x, y = data()
+
+        def step_of(factor):
+            model = helpers.compiled(network(), helpers.kfac(kl_clip=None))
+            optimizer = model.optimizer.attach(model)
+            before = model.get_weights()
+            with tf.GradientTape() as tape:
+                loss = model.compute_loss(x[:4], y[:4], model(x[:4], training=True))
+            gradients = tape.gradient(loss, model.trainable_weights)
+            changed = [factor * gradient for gradient in gradients]
+            optimizer.apply_gradients(zip(changed, model.trainable_weights))
+            return [after - old for after, old in zip(model.get_weights(), before)]
+
+        once = step_of(1.0)
+        assert any(use_of_rows)
+        use_of_rows.clear()
+        for a, b in zip(step_of(2.0), once):
+            assert_close(a, 2 * b, 1e-9)
+        assert not any(use_of_rows)
+
+
+def test_rows_add_up_to_the_gradients(monkeypatch):
+    monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
+    model, (x, y) = network(), data()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    weight = RNG.uniform(0.5, 2, size=len(x))
+    found = [a for layer in model.layers for a in adapt(layer, lambda v: True)]
+    with tf.GradientTape() as tape, recording(model.layers) as recorded:
+        recorded.outputs = model(x, training=True)
+        total = loss(y, recorded.outputs, weight)
+    recorded.targets, recorded.sample_weight, recorded.scored = y, weight, True
+    gradients = tape.gradient(total, model.trainable_weights)
+    by_variable = {id(v): g for v, g in zip(model.trainable_weights, gradients)}
+    rows = GradientRows.of([recorded], resolve_loss(loss, 1.0, False), found)
+    names = [adapter.layer.name for adapter in rows.adapters]
+    assert names == [model.layers[i].name for i in (6, 4, 2)]
+    pairs = rows.pairs()
+    for adapter in rows.adapters:
+        assert_close(pairs[id(adapter)].sum(), adapter.to_matrix(by_variable), 1e-12)
