@@ -1,0 +1,236 @@
+"""What a training step costs with `KFAC()` and with Keras's own optimizers, in turns.
+
+    python benchmarks/step_cost.py [--net autoencoder] [--turns 5] [--report]
+
+All optimizers train copies of one network on the same random batch in one process: so many steps
+with the one, then as many with the next, and all over again. What counts is the ratio to Adam
+within a turn, and its median over turns. `KFAC()` is measured where its schedule has settled: a
+turn holds two periods of the inverses, as rare as they get. The first step (tracing, compiling,
+creating variables) is timed apart. The floating-point operations of the matrix products of a step
+are counted, by TensorFlow for the gradient and from the shapes of the blocks for what K-FAC adds,
+and compared with what the machine does in a product of two large matrices.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import problems  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from environment import environment  # noqa: E402
+
+from keras_kfac import KFAC  # noqa: E402
+
+PATH = ROOT / "benchmarks" / "results" / "step_cost.json"
+SETTLED = 1000  # Iterations after which no period grows any more.
+TURN = 40
+PEAK_SIZE = 2048
+layers = keras.layers
+
+OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
+    "KFAC()": KFAC,
+    "Adam": keras.optimizers.Adam,
+    "SGD": lambda: keras.optimizers.SGD(1e-4, 0.9, nesterov=True),
+    "Muon": lambda: keras.optimizers.Muon(1e-4),
+}
+
+
+class Net(NamedTuple):
+    """A network, its loss, and the shape of a batch."""
+
+    body: Callable[[], list[keras.Layer]]
+    loss: Callable[[], keras.losses.Loss]
+    batch: tuple[int, ...]
+
+
+def conv_net() -> list[keras.Layer]:
+    """Two convolutions and two dense layers, the first of them with 3136 inputs."""
+    convolutions = [
+        layers.Conv2D(32, 3, padding="same", activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Conv2D(64, 3, padding="same", activation="relu"),
+        layers.MaxPooling2D(),
+    ]
+    return [*convolutions, *problems.dense([1024], "relu", 10)]
+
+
+def resnet20() -> list[keras.Layer]:
+    """He et al. (2015), section 4.2."""
+
+    def convolved(x: keras.KerasTensor, filters: int, strides: int = 1) -> keras.KerasTensor:
+        x = layers.Conv2D(filters, 3, strides, "same", use_bias=False)(x)
+        return layers.BatchNormalization()(x)
+
+    start = keras.Input((32, 32, 3))
+    x = layers.ReLU()(convolved(start, 16))
+    for filters in (16, 32, 64):
+        for block in range(3):
+            strides = 2 if filters > 16 and block == 0 else 1
+            h = convolved(layers.ReLU()(convolved(x, filters, strides)), filters)
+            around = layers.Conv2D(filters, 1, strides, use_bias=False)(x) if strides > 1 else x
+            x = layers.ReLU()(h + around)
+    return [keras.Model(start, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))]
+
+
+def mlp(width: int) -> Net:
+    """Three hidden layers."""
+    body = lambda: problems.dense([width] * 3, "relu", 10)  # noqa: E731
+    return Net(body, problems.classification, (128, width))
+
+
+NETS = {
+    "deep autoencoder, batch 1000": Net(problems.autoencoder, problems.pixels, (1000, 784)),
+    "conv net, batch 128": Net(conv_net, problems.classification, (128, 28, 28, 1)),
+    "ResNet-20, batch 128": Net(resnet20, problems.classification, (128, 32, 32, 3)),
+    "2-block transformer, batch 32": Net(problems.transformer, problems.classification, (32, 64)),
+    **{f"3 x {width}, batch 128": mlp(width) for width in (256, 1024, 2048)},
+}
+
+
+class Run:
+    """A network under one optimizer."""
+
+    def __init__(self, net: Net, optimizer: keras.optimizers.Optimizer) -> None:
+        keras.utils.set_random_seed(0)
+        self.model = keras.Sequential([keras.Input(net.batch[1:]), *net.body()])
+        self.loss = net.loss()
+        self.model.compile(optimizer, self.loss)
+        if isinstance(optimizer, KFAC):
+            optimizer.attach(self.model)
+        rng = np.random.default_rng(0)
+        is_text = net.body is problems.transformer
+        x = rng.integers(0, 128, net.batch) if is_text else rng.random(net.batch)
+        self.x = x.astype("int32" if is_text else "float32")
+        rows = self.model.output_shape[1:-1] if is_text else ()
+        is_pixels = net.loss is problems.pixels
+        self.y = self.x if is_pixels else rng.integers(0, 10, (net.batch[0], *rows))
+
+    def step(self) -> float:
+        """Makes a step; the seconds that it took."""
+        began = time.perf_counter()
+        self.model.train_on_batch(self.x, self.y)
+        return time.perf_counter() - began
+
+    def settle(self) -> float:
+        """Makes the first step, and goes on as if at a late one; the seconds of the first."""
+        first = self.step()
+        self.step()
+        self.model.optimizer.iterations.assign(SETTLED)
+        return first
+
+    def gradient_operations(self) -> float:
+        """Floating-point operations of the gradient of the loss."""
+
+        @tf.function
+        def gradient(x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                loss = self.loss(y, self.model(x, training=True))
+            return tape.gradient(loss, self.model.trainable_weights)
+
+        graph = gradient.get_concrete_function(tf.constant(self.x), tf.constant(self.y)).graph
+        profiler = tf.compat.v1.profiler
+        options = profiler.ProfileOptionBuilder.float_operation()
+        options["output"] = "none"
+        return float(profiler.profile(graph, options=options).total_float_ops)
+
+    def curvature_operations(self) -> dict[str, float]:
+        """Floating-point operations of preconditioning, and of computing all inverses."""
+        shapes: dict[str, list[tf.TensorShape]] = {}
+        for name, variable in self.model.optimizer.model_variables.items():
+            if name.endswith("put_factor"):
+                shapes.setdefault(name.rpartition(".")[0], []).append(variable.shape)
+        precondition = inverse = 0.0
+        for input_factor, output_factor in shapes.values():
+            a, g = input_factor[-1], output_factor[-1]
+            groups = np.prod(input_factor[:-2], initial=1)
+            for factor in (input_factor, output_factor):
+                if len(factor) > 1:
+                    precondition += 2 * groups * a * g * factor[-1]
+                    inverse += groups * factor[-1] ** 3
+        return {"precondition": float(precondition), "inverse": float(inverse)}
+
+
+def peak() -> float:
+    """Floating-point operations a second in the product of two matrices."""
+    matrix = tf.random.normal([PEAK_SIZE, PEAK_SIZE])
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        tf.matmul(matrix, matrix).numpy()
+        seconds.append(time.perf_counter() - began)
+    return 2 * PEAK_SIZE**3 / min(seconds)
+
+
+def measure(net: Net, turns: int) -> dict:
+    """All optimizers on one network."""
+    runs = {name: Run(net, make()) for name, make in OPTIMIZERS.items()}
+    first = {name: run.settle() for name, run in runs.items()}
+    steps: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            steps[name].append([run.step() for _ in range(TURN)])
+    return {
+        "environment": environment(),
+        "first_step": first,
+        "steps": steps,
+        "gradient_operations": runs["Adam"].gradient_operations(),
+        "curvature_operations": runs["KFAC()"].curvature_operations(),
+        "peak": peak(),
+    }
+
+
+def report(results: dict) -> str:
+    """A table, a row for each network and optimizer."""
+    lines = [
+        "| network | optimizer | ms per step | of Adam's | slowest of a turn / median "
+        "| GFLOP of the gradient and preconditioning | at the peak (ms) | first step (s) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for net, result in results.items():
+        for name, turns in result["steps"].items():
+            means = [statistics.mean(turn) for turn in turns]
+            pairs = zip(turns, result["steps"]["Adam"])
+            ratio = statistics.median(statistics.mean(a) / statistics.mean(b) for a, b in pairs)
+            spike = statistics.median(max(turn) / statistics.median(turn) for turn in turns)
+            cells = [f"{1000 * statistics.median(means):.1f}", f"{ratio:.2f}", f"{spike:.1f}"]
+            count = result["gradient_operations"]
+            if name == "KFAC()":
+                count += result["curvature_operations"]["precondition"]
+            is_counted = name != "Muon"
+            cells.append(f"{count / 1e9:.1f}" if is_counted else "")
+            cells.append(f"{1000 * count / result['peak']:.0f}" if is_counted else "")
+            cells.append(f"{result['first_step'][name]:.1f}")
+            lines.append(f"| {net} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, or reports what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", default="", help="only networks whose names contain this")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    results = json.loads(PATH.read_text()) if PATH.exists() else {}
+    for name, net in NETS.items():
+        if args.net in name and not args.report:
+            results[name] = measure(net, args.turns)
+            PATH.write_text(json.dumps(results, indent=1))
+            print(report({name: results[name]}), flush=True)
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
