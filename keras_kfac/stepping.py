@@ -1,6 +1,7 @@
 """An optimizer that chooses the steps of the weights that curvature blocks cover."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -61,8 +62,7 @@ class SteppingOptimizer(AttachableOptimizer):
         if not gradients:
             return {}, accepted
         step = self._step(batch, gradients, learning_rate)
-        due = is_due(self.iterations, self._inverse_update_period.value)
-        ops.cond(due, lambda: self._refresh(step), lambda: None)
+        self._refresh(step)
         proposal = step.propose()
         model = step.model(proposal) if self.can_adapt else None
         coefficients = self._coefficients(step, proposal, model)
@@ -144,7 +144,10 @@ class SteppingOptimizer(AttachableOptimizer):
         return ops.cond(due, adapt, lambda: tf.constant(True))
 
     def _refresh(self, step: Step) -> None:
-        """Inverts the damped factors; finds out first by how much to damp them, where it adapts."""
+        """Inverts the damped factors whose turn it is.
+
+        How much to damp them is found out first, where that adapts.
+        """
         curvature, rule = self._known.curvature, self._damping_rule
         damping = scalar(self.damping, "float64")
         if rule is not None:
@@ -152,7 +155,14 @@ class SteppingOptimizer(AttachableOptimizer):
         if rule is not None and rule.adapt_preconditioner:
             damping = self._adapted_preconditioner_damping(rule, damping, step)
         self.preconditioner_damping.assign(damping)
-        curvature.keep(curvature.invert(damping))
+        turns = curvature.turns
+        for i, blocks in enumerate(turns):
+            # In the middle of its part of the period, where little else is due.
+            due = self._inverses_are_due((i + 0.5) / len(turns))
+            ops.cond(due, partial(curvature.refresh, blocks, damping), lambda: None)
+
+    def _inverses_are_due(self, turn: float = 0.0) -> tf.Tensor:
+        return is_due(self.iterations, self._inverse_update_period.value, turn)
 
     def _started_damping(self, rule: LevenbergMarquardt, step: Step) -> tf.Tensor:
         """The damping, chosen by its rule before the first step."""
@@ -179,4 +189,6 @@ class SteppingOptimizer(AttachableOptimizer):
             candidates = rule.neighbours(present, steps)
             return best(candidates, lambda own: step.predicted(own, damping))
 
-        return ops.cond(self._damping.adapts.value, adapt, lambda: damping)
+        adapts = self._damping.adapts.value
+        adapted = ops.cond(self._inverses_are_due() & adapts, adapt, lambda: present)
+        return tf.where(adapts, adapted, damping)

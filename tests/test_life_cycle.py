@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -351,16 +351,21 @@ def changed_at(history: list[dict[str, np.ndarray]]) -> list[int]:
     return [step for step, (a, b) in enumerate(pairs, 1) if any((a[k] != b[k]).any() for k in a)]
 
 
-# More often at first: a quarter of the steps taken, up to the period.
+# More often at first: a quarter of the steps taken, up to the period; later once a period.
 DUE = {
-    1: set(range(18)),
-    2: {0, 1, 2, 3, 4, 5, 6, *range(8, 18, 2)},
-    3: {0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15},
-    5: {0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15},
+    1: range(30),
+    2: [*range(7), *range(8, 30, 2)],
+    5: [*range(7), 8, 10, 12, 15, 19, 20, 25],
+}
+# Inverses of the two layers then have turns of their own, a quarter of a period in, and three.
+TURNS = {
+    1: [range(30), range(30)],
+    2: [[*range(7), *range(8, 30, 2)], [*range(7), *range(9, 30, 2)]],
+    5: [[*range(7), 8, 10, 12, 15, 19, *late] for late in ((21, 26), (23, 28))],
 }
 
 
-@pytest.mark.parametrize(("factor_period", "inverse_period"), [(1, 1), (1, 5), (2, 3), (3, 3)])
+@pytest.mark.parametrize(("factor_period", "inverse_period"), [(1, 1), (1, 5), (2, 5), (2, 2)])
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
 def test_factors_and_inverses_change_at_their_times_only(
     factor_period: int, inverse_period: int, steps_per_execution: int
@@ -370,13 +375,18 @@ def test_factors_and_inverses_change_at_their_times_only(
     )
     model = helpers.compiled(helpers.mlp(), optimizer, steps_per_execution=steps_per_execution)
     factors, inverses = [], []
-    for step in range(0, 18, steps_per_execution):
+    for step in range(0, 30, steps_per_execution):
         helpers.fit_steps(model, step, step + steps_per_execution, helpers.vectors)
         factors.append(helpers.factors(optimizer))
         inverses.append(helpers.inverses(optimizer))
-    for history, period in ((factors, factor_period), (inverses, inverse_period)):
-        due = {step // steps_per_execution for step in DUE[period]}
-        assert changed_at(history) == sorted(due - {0})
+
+    def executions(steps: Iterable[int]) -> list[int]:
+        return sorted({step // steps_per_execution for step in steps} - {0})
+
+    assert changed_at(factors) == executions(DUE[factor_period])
+    for block, due in enumerate(TURNS[inverse_period]):
+        own = [{k: v for k, v in i.items() if f".block.{block}." in k} for i in inverses]
+        assert changed_at(own) == executions(due)
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "damping"])

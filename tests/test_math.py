@@ -291,8 +291,8 @@ def interval(step):
 
 
 class TestUpdateTimes:
-    def due(self, period, steps=700):
-        return [s for s in range(steps) if bool(update_times.is_due(tf.constant(s), period))]
+    def due(self, period, steps=700, turn=0.0):
+        return [s for s in range(steps) if bool(update_times.is_due(tf.constant(s), period, turn))]
 
     @pytest.mark.parametrize("period", [1, 2, 5, 20, 100])
     def test_are_the_first_of_growing_intervals_then_multiples_of_the_period(self, period):
@@ -307,6 +307,21 @@ class TestUpdateTimes:
         gaps = np.diff(due)
         assert np.all(gaps <= np.maximum(1, np.ceil(np.array(due[1:]) / 4)))
         assert np.all(gaps <= period)
+
+    @pytest.mark.parametrize(("turn", "offset"), [(0.0, 0), (0.25, 5), (0.5, 10), (0.99, 19)])
+    def test_turns_share_a_period_and_not_its_beginnings(self, turn, offset):
+        due = self.due(20, turn=turn)
+        assert [s for s in due if s < 80] == [s for s in self.due(20) if s < 80]
+        assert [s for s in due if s >= 80] == list(range(80 + offset, 700, 20))
+        assert np.diff(due).max() <= 29  # of them up to 9 because the first period is not begun
+
+    def test_every_task_has_one_turn_and_no_turn_costs_much(self):
+        costs = [int(cost) for cost in RNG.integers(1, 100, 30)]
+        turns = update_times.in_turns(costs, 4)
+        assert sorted(i for turn in turns for i in turn) == list(range(30))
+        sums = [sum(costs[i] for i in turn) for turn in turns]
+        assert max(sums) < 1.05 * sum(costs) / 4
+        assert update_times.in_turns([1, 0], 4) == [[0], [1]]
 
     def test_gap_is_that_between_due_steps(self):
         due = np.array(self.due(20))

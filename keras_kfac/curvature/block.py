@@ -1,5 +1,6 @@
 """The Kronecker-factored curvature block of one layer."""
 
+import math
 from collections.abc import Callable
 
 import keras
@@ -92,6 +93,12 @@ class KroneckerBlock:
         """Number of weights of the block."""
         d_in, d_out = self.adapter.dims
         return d_in * d_out * (self.adapter.groups or 1)
+
+    @property
+    def refresh_cost(self) -> int:
+        """About so many multiplications make the inverses."""
+        matrices = [shape for shape in self.adapter.factor_shapes if len(shape) > 1]
+        return sum(math.prod(shape) * shape[-1] for shape in matrices)
 
     def trace(self) -> tf.Tensor:
         """Trace of `A ⊗ G`, undamped."""

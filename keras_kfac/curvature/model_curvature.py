@@ -16,6 +16,11 @@ from keras_kfac.introspection.statistics import Fisher, collect
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse, Inverse
 from keras_kfac.math.kronecker import block_damping
 from keras_kfac.math.linalg import RowPairs
+from keras_kfac.math.update_times import in_turns
+
+# Inverses are refreshed in so many turns, for no step to take much longer than another. More do not
+# help a network in which one layer costs a quarter of all.
+_TURNS = 4
 
 Direction = tuple[Gradients, tf.Tensor]
 """Directions of the variables of a block, and their inner product with the gradients."""
@@ -67,21 +72,29 @@ class ModelCurvature:
             if statistics is not None:
                 block.update(statistics, batch.examples, decay)
 
+    @property
+    def turns(self) -> list[list[KroneckerBlock]]:
+        """The blocks, in turns that are about as dear to refresh."""
+        costs = [block.refresh_cost for block in self.blocks]
+        return [[self.blocks[i] for i in turn] for turn in in_turns(costs, _TURNS)]
+
+    def refresh(self, blocks: Sequence[KroneckerBlock], damping: tf.Tensor) -> None:
+        """Computes the inverses of some blocks anew, and keeps those that are finite."""
+        for block, inverse in zip(blocks, self._invert(blocks, damping)):
+            block.keep(inverse)
+
     def invert(self, damping: tf.Tensor) -> list[Inverse]:
         """The inverses of all damped blocks; not finite where that fails."""
-        if not self._spares_weak_blocks:
-            return [block.invert(damping) for block in self.blocks]
-        mean = self.mean_eigenvalue()
-        own = [tf.cast(block.trace(), mean.dtype) / block.size for block in self.blocks]
-        return [
-            block.invert(block_damping(damping, value, mean))
-            for block, value in zip(self.blocks, own)
-        ]
+        return self._invert(self.blocks, damping)
 
-    def keep(self, inverses: Sequence[Inverse]) -> None:
-        """Keeps inverses for the next steps, where they are finite."""
-        for block, inverse in zip(self.blocks, inverses):
-            block.keep(inverse)
+    def _invert(self, blocks: Sequence[KroneckerBlock], damping: tf.Tensor) -> list[Inverse]:
+        if not self._spares_weak_blocks:
+            return [block.invert(damping) for block in blocks]
+        mean = self.mean_eigenvalue()
+        own = [tf.cast(block.trace(), mean.dtype) / block.size for block in blocks]
+        return [
+            block.invert(block_damping(damping, value, mean)) for block, value in zip(blocks, own)
+        ]
 
     def precondition(
         self,
