@@ -15,7 +15,7 @@ from keras_kfac.introspection.batch_part import BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.losses import ModelLoss
-from keras_kfac.math.linalg import inner_product, is_finite
+from keras_kfac.math.linalg import gram, inner_product, is_finite
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import kl_clip_scale
 from keras_kfac.step_rule import solve
@@ -56,8 +56,7 @@ class Batch(NamedTuple):
         metric = tf.zeros_like(curvature)
         for variable in variables:
             own = [i for i, direction in enumerate(directions) if id(variable) in direction]
-            parts = tf.stack([tf.reshape(directions[i][id(variable)], [-1]) for i in own])
-            products = tf.cast(tf.matmul(parts, parts, transpose_b=True), _SUM)
+            products = tf.cast(gram([directions[i][id(variable)] for i in own]), _SUM)
             place = tf.one_hot(own, len(directions), dtype=_SUM)
             products = tf.matmul(place, tf.matmul(products, place), transpose_a=True)
             metric += products

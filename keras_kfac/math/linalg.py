@@ -5,6 +5,8 @@ A vector `[d]` stands for the diagonal matrix whose diagonal it is, wherever a m
 a matrix is the sum of.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
@@ -75,14 +77,18 @@ def scaled_plus_identity(scale: tf.Tensor, matrix: tf.Tensor, amount: tf.Tensor)
     scaled = _of_each(scale, matrix) * matrix
     if is_diagonal(matrix):
         return scaled + amount
-    return scaled + _of_each(amount, matrix) * tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
+    diagonal = tf.linalg.diag_part(scaled) + amount[..., tf.newaxis]
+    return tf.linalg.set_diag(scaled, diagonal)
 
 
 def left_product(matrix: tf.Tensor, gradient: Gradient, transpose: bool = False) -> Gradient:
     """`M X`, or `Mᵀ X`; a few rows of `X` can be multiplied by a diagonal matrix only."""
     if isinstance(gradient, RowPairs):
-        rows = right_product(gradient.inputs, matrix, not transpose)
-        return gradient._replace(inputs=rows)
+        if is_diagonal(matrix):
+            return gradient._replace(inputs=gradient.inputs * matrix)
+        # Not `rows @ Mᵀ`: with a few hundred rows Eigen takes three times as long for that.
+        columns = tf.matmul(matrix, gradient.inputs, transpose_a=transpose, transpose_b=True)
+        return gradient._replace(inputs=tf.linalg.matrix_transpose(columns))
     if not is_diagonal(matrix):
         return tf.matmul(matrix, gradient, transpose_a=transpose)
     return scaled_rows(gradient, matrix[:, tf.newaxis])
@@ -116,6 +122,21 @@ def inner_product(gradient: Gradient, direction: tf.Tensor) -> tf.Tensor:
     if isinstance(gradient, tf.IndexedSlices):
         gradient, direction = gradient.values, tf.gather(direction, gradient.indices)
     return tf.reduce_sum(tf.cast(gradient, direction.dtype) * direction)
+
+
+def gram(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Inner products of tensors of one shape, `[k, k]`.
+
+    One by one, for a matrix product of `k` long rows and `k` columns takes Eigen six times as long.
+
+    Example:
+    >>> gram([tf.constant([1.0, 2.0]), tf.constant([0.0, 3.0])]).numpy().tolist()
+    [[5.0, 6.0], [6.0, 9.0]]
+    """
+    pairs = itertools.combinations_with_replacement(range(len(tensors)), 2)
+    entries = {pair: tf.reduce_sum(tensors[pair[0]] * tensors[pair[1]]) for pair in pairs}
+    places = range(len(tensors))
+    return tf.stack([[entries[min(i, j), max(i, j)] for j in places] for i in places])
 
 
 def symmetrize(matrix: tf.Tensor) -> tf.Tensor:
