@@ -1,6 +1,6 @@
 """What a training step costs with `KFAC()` and with Keras's own optimizers, in turns.
 
-    python benchmarks/step_cost.py [--net autoencoder] [--turns 5] [--report]
+    python benchmarks/step_cost.py [--net autoencoder] [--turns 5] [--variants] [--report]
 
 All optimizers train copies of one network on the same random batch in one process: so many steps
 with the one, then as many with the next, and all over again. What counts is the ratio to Adam
@@ -8,7 +8,8 @@ within a turn, and its median over turns. `KFAC()` is measured where its schedul
 turn holds two periods of the inverses, as rare as they get. The first step (tracing, compiling,
 creating variables) is timed apart. The floating-point operations of the matrix products of a step
 are counted, by TensorFlow for the gradient and from the shapes of the blocks for what K-FAC adds,
-and compared with what the machine does in a product of two large matrices.
+and compared with what the machine does in a product of two large matrices. `--variants`
+compares `KFAC()` and Adam with themselves under `jit_compile=True`, and with products in bfloat16.
 """
 
 import argparse
@@ -32,6 +33,8 @@ import tensorflow as tf  # noqa: E402
 from environment import environment  # noqa: E402
 
 from keras_kfac import KFAC  # noqa: E402
+from keras_kfac.introspection.gradient_rows import MIN_PRODUCTS  # noqa: E402
+from keras_kfac.math.structure import products  # noqa: E402
 
 PATH = ROOT / "benchmarks" / "results" / "step_cost.json"
 SETTLED = 1000  # Iterations after which no period grows any more.
@@ -39,7 +42,8 @@ TURN = 40
 PEAK_SIZE = 2048
 layers = keras.layers
 
-OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
+Factory = Callable[[], keras.optimizers.Optimizer]
+OPTIMIZERS: dict[str, Factory] = {
     "KFAC()": KFAC,
     "Adam": keras.optimizers.Adam,
     "SGD": lambda: keras.optimizers.SGD(1e-4, 0.9, nesterov=True),
@@ -53,6 +57,13 @@ class Net(NamedTuple):
     body: Callable[[], list[keras.Layer]]
     loss: Callable[[], keras.losses.Loss]
     batch: tuple[int, ...]
+
+
+JIT = ", jit_compile"  # What the names of optimizers end in that are for XLA.
+VARIANTS: dict[str, Factory] = {
+    **{n + jit: OPTIMIZERS[n] for n in ("KFAC()", "Adam") for jit in ("", JIT)},
+    "KFAC(product_dtype='bfloat16')": lambda: KFAC(product_dtype="bfloat16"),
+}
 
 
 def conv_net() -> list[keras.Layer]:
@@ -84,10 +95,10 @@ def resnet20() -> list[keras.Layer]:
     return [keras.Model(start, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))]
 
 
-def mlp(width: int) -> Net:
-    """Three hidden layers."""
-    body = lambda: problems.dense([width] * 3, "relu", 10)  # noqa: E731
-    return Net(body, problems.classification, (128, width))
+def mlp(width: int, depth: int = 3, batch: int = 128) -> Net:
+    """Hidden layers as wide as the inputs."""
+    body = lambda: problems.dense([width] * depth, "relu", 10)  # noqa: E731
+    return Net(body, problems.classification, (batch, width))
 
 
 NETS = {
@@ -102,11 +113,13 @@ NETS = {
 class Run:
     """A network under one optimizer."""
 
-    def __init__(self, net: Net, optimizer: keras.optimizers.Optimizer) -> None:
+    def __init__(
+        self, net: Net, optimizer: keras.optimizers.Optimizer, jit_compile: bool = False
+    ) -> None:
         keras.utils.set_random_seed(0)
         self.model = keras.Sequential([keras.Input(net.batch[1:]), *net.body()])
         self.loss = net.loss()
-        self.model.compile(optimizer, self.loss)
+        self.model.compile(optimizer, self.loss, jit_compile=jit_compile)
         if isinstance(optimizer, KFAC):
             optimizer.attach(self.model)
         rng = np.random.default_rng(0)
@@ -147,19 +160,20 @@ class Run:
 
     def curvature_operations(self) -> dict[str, float]:
         """Floating-point operations of preconditioning, and of computing all inverses."""
-        shapes: dict[str, list[tf.TensorShape]] = {}
-        for name, variable in self.model.optimizer.model_variables.items():
-            if name.endswith("put_factor"):
-                shapes.setdefault(name.rpartition(".")[0], []).append(variable.shape)
-        precondition = inverse = 0.0
-        for input_factor, output_factor in shapes.values():
-            a, g = input_factor[-1], output_factor[-1]
-            groups = np.prod(input_factor[:-2], initial=1)
-            for factor in (input_factor, output_factor):
-                if len(factor) > 1:
-                    precondition += 2 * groups * a * g * factor[-1]
-                    inverse += groups * factor[-1] ** 3
-        return {"precondition": float(precondition), "inverse": float(inverse)}
+        blocks = self.model.optimizer._known.curvature.blocks
+        precondition = sum(products(b.adapter.structures) * (b.adapter.groups or 1) for b in blocks)
+        large = [
+            block.adapter.structures
+            for block in blocks
+            if isinstance(block.adapter.layer, layers.Dense)
+            and len(block.adapter.layer.input.shape) == 2
+            and products(block.adapter.structures) >= MIN_PRODUCTS
+        ]
+        summed = sum(products(structures) for structures in large)
+        by_rows = sum(products(structures, len(self.x)) for structures in large)
+        precondition -= max(0, summed - by_rows)
+        inverse = sum(block.refresh_cost for block in blocks)
+        return {"precondition": 2.0 * precondition, "inverse": float(inverse)}
 
 
 def peak() -> float:
@@ -173,9 +187,9 @@ def peak() -> float:
     return 2 * PEAK_SIZE**3 / min(seconds)
 
 
-def measure(net: Net, turns: int) -> dict:
+def measure(net: Net, turns: int, optimizers: dict[str, Factory] = OPTIMIZERS) -> dict:
     """All optimizers on one network."""
-    runs = {name: Run(net, make()) for name, make in OPTIMIZERS.items()}
+    runs = {name: Run(net, make(), name.endswith(JIT)) for name, make in optimizers.items()}
     first = {name: run.settle() for name, run in runs.items()}
     steps: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(turns):
@@ -191,6 +205,32 @@ def measure(net: Net, turns: int) -> dict:
     }
 
 
+class Figures(NamedTuple):
+    """Medians over turns.
+
+    Attributes:
+        milliseconds: Of a step.
+        ratio: To those of Adam in the same turn.
+        spike: The slowest step of a turn over its median.
+    """
+
+    milliseconds: float
+    ratio: float
+    spike: float
+
+
+def figures(result: dict, name: str) -> Figures:
+    """What an optimizer takes."""
+    turns = result["steps"][name]
+    each = [statistics.mean(turn) for turn in turns]
+    rival = [statistics.mean(turn) for turn in result["steps"]["Adam"]]
+    return Figures(
+        1000 * statistics.median(each),
+        statistics.median(a / b for a, b in zip(each, rival)),
+        statistics.median(max(turn) / statistics.median(turn) for turn in turns),
+    )
+
+
 def report(results: dict) -> str:
     """A table, a row for each network and optimizer."""
     lines = [
@@ -199,14 +239,11 @@ def report(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for net, result in results.items():
-        for name, turns in result["steps"].items():
-            means = [statistics.mean(turn) for turn in turns]
-            pairs = zip(turns, result["steps"]["Adam"])
-            ratio = statistics.median(statistics.mean(a) / statistics.mean(b) for a, b in pairs)
-            spike = statistics.median(max(turn) / statistics.median(turn) for turn in turns)
-            cells = [f"{1000 * statistics.median(means):.1f}", f"{ratio:.2f}", f"{spike:.1f}"]
+        for name in result["steps"]:
+            cost = figures(result, name)
+            cells = [f"{cost.milliseconds:.1f}", f"{cost.ratio:.2f}", f"{cost.spike:.1f}"]
             count = result["gradient_operations"]
-            if name == "KFAC()":
+            if name.startswith("KFAC"):
                 count += result["curvature_operations"]["precondition"]
             is_counted = name != "Muon"
             cells.append(f"{count / 1e9:.1f}" if is_counted else "")
@@ -221,13 +258,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--net", default="", help="only networks whose names contain this")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--variants", action="store_true", help="of KFAC() and Adam")
     parser.add_argument("--report", action="store_true", help="only print the table")
     args = parser.parse_args()
-    results = json.loads(PATH.read_text()) if PATH.exists() else {}
+    path = PATH.with_stem("step_cost_variants") if args.variants else PATH
+    optimizers = VARIANTS if args.variants else OPTIMIZERS
+    results = json.loads(path.read_text()) if path.exists() else {}
     for name, net in NETS.items():
         if args.net in name and not args.report:
-            results[name] = measure(net, args.turns)
-            PATH.write_text(json.dumps(results, indent=1))
+            results[name] = measure(net, args.turns, optimizers)
+            path.write_text(json.dumps(results, indent=1))
             print(report({name: results[name]}), flush=True)
     print(report(results))
 

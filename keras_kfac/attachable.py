@@ -10,12 +10,13 @@ from keras import ops
 
 from keras_kfac import validation
 from keras_kfac.attachment import Attachment, unattached_error
-from keras_kfac.curvature.coverage import Coverage
+from keras_kfac.curvature.coverage import BlockSettings, Coverage
 from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.hyperparameters import ConfiguredOptimizer
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
+from keras_kfac.math.inverses import ExactInverse, FactoredInverse
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.update_times import growing_decay, is_due
 from keras_kfac.settings import value_at
@@ -123,7 +124,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 "The layers of a model that is not built are not known yet. Build it or train one "
                 f"step first. Received: model {attachment.model.name!r}"
             )
-        return attachment.plan(attachment.is_trained, self.weight_sharing).rows
+        return attachment.plan(attachment.is_trained, self._block_settings).rows
 
     def condition_numbers(self) -> dict[str, float]:
         """Condition number (in the 1-norm) of each layer's damped `A ⊗ G`.
@@ -143,6 +144,11 @@ class AttachableOptimizer(ConfiguredOptimizer):
         return {} if self._built is None else self._built.curvature.staleness()
 
     @property
+    def _block_settings(self) -> BlockSettings:
+        inverse_type = ExactInverse if self.exact_damping else FactoredInverse
+        return BlockSettings(self.weight_sharing, inverse_type, self.max_factor_size)
+
+    @property
     def _known(self) -> Built:
         if self._built is None:  # `apply` builds it; nothing else calls what needs it.
             raise unattached_error()
@@ -152,16 +158,18 @@ class AttachableOptimizer(ConfiguredOptimizer):
         if self._built is not None:
             return self._built
         attachment = self._require_attachment()
-        plan = attachment.plan(self.is_known, self.weight_sharing, passes)
+        plan = attachment.plan(self.is_known, self._block_settings, passes)
         if not plan.adapters:
             raise ValueError(
                 "K-FAC covers no layer of this model; use another optimizer. Received: model "
                 f"{attachment.model.name!r}\n{plan.rows}"
             )
+        plan.rows.check_memory(self.memory_limit)
         curvature = ModelCurvature(
             plan.adapters,
             self.model_variable,
-            self.exact_damping,
+            self._block_settings.inverse_type,
+            self.product_dtype,
             spares_weak_blocks=self._damping_rule is not None,
         )
         covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}

@@ -8,12 +8,11 @@ import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals
-from keras_kfac.curvature.coverage import CoveragePlan, plan_coverage
+from keras_kfac.curvature.coverage import BlockSettings, CoveragePlan, plan_coverage
 from keras_kfac.introspection.forward_pass import ForwardPass, is_recording, recording
 from keras_kfac.introspection.losses import ModelLoss, resolve_loss
 from keras_kfac.introspection.registry import find_adapters
 from keras_kfac.introspection.replay import Replay, is_replaying
-from keras_kfac.introspection.weight_sharing import Choice
 
 # In eager custom loops, training-mode passes that no step ever uses (Monte-Carlo dropout, say)
 # hold on to their activations; only so many of the newest are kept.
@@ -172,15 +171,15 @@ class Attachment:
     def plan(
         self,
         is_trained: Callable[[keras.Variable], bool],
-        weight_sharing: Choice,
+        settings: BlockSettings,
         passes: Sequence[ForwardPass] | None = None,
     ) -> CoveragePlan:
         """Which layers get a curvature block, given what the forward passes showed."""
         if passes is None:
-            return plan_coverage(self.model, is_trained, weight_sharing)
+            return plan_coverage(self.model, is_trained, settings)
         called = {key for forward_pass in passes for key in forward_pass.calls}
         unreachable = {k: v for forward_pass in passes for k, v in forward_pass.unreachable.items()}
-        return plan_coverage(self.model, is_trained, weight_sharing, called, unreachable)
+        return plan_coverage(self.model, is_trained, settings, called, unreachable)
 
     def loss(self) -> ModelLoss:
         """The loss to take the Fisher matrix of.

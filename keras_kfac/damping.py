@@ -59,10 +59,10 @@ class LevenbergMarquardt:
             and velocities then stay as they were, and `KFAC.rejected_steps` counts it. A step
             after which the loss is not finite is always undone.
         adapt_preconditioner: Whether the damping of the preconditioner, `γ²`, adapts apart from
-            that of the model, `λ`: with each refresh of the inverses `γ²` is multiplied by 1,
-            `decay` to the power of the steps since the last one, or its inverse, whichever makes
-            the minimum of the model lowest. A refresh then inverts the factors four times and
-            takes three more models.
+            that of the model, `λ`: once in the period of the inverses `γ²` is multiplied by 1,
+            `decay` to the power of the steps since the last time, or its inverse, whichever makes
+            the minimum of the model lowest. That inverts all factors three more times, and takes
+            three more models.
 
     Raises:
         ValueError: For arguments out of range.

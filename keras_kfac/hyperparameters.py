@@ -32,6 +32,9 @@ class ConfiguredOptimizer(RestorableOptimizer):
         weight_sharing: Choice,
         kl_clip: Any,
         burn_in_steps: int,
+        max_factor_size: int,
+        memory_limit: int | None,
+        product_dtype: str | None,
         fallback: keras.optimizers.Optimizer | None,
         seed: int,
         name: str,
@@ -52,6 +55,9 @@ class ConfiguredOptimizer(RestorableOptimizer):
         self.weight_sharing = validation.check_weight_sharing(weight_sharing)
         self.kl_clip = validation.check_kl_clip(kl_clip)
         self.burn_in_steps = validation.check_count("burn_in_steps", burn_in_steps)
+        self.max_factor_size = validation.check_positive_int("max_factor_size", max_factor_size)
+        self.memory_limit = validation.check_memory_limit(memory_limit)
+        self.product_dtype = validation.check_product_dtype(product_dtype)
         self.seed = seed
         self._factor_update_period = self.add_variable((), dtype="int64", name="factor_period")
         self._inverse_update_period = self.add_variable((), dtype="int64", name="inverse_period")
@@ -164,6 +170,9 @@ class ConfiguredOptimizer(RestorableOptimizer):
             "weight_sharing": self.weight_sharing,
             "kl_clip": to_config(self.kl_clip),
             "burn_in_steps": self.burn_in_steps,
+            "max_factor_size": self.max_factor_size,
+            "memory_limit": self.memory_limit,
+            "product_dtype": self.product_dtype,
             "fallback": keras.optimizers.serialize(self.fallback),
             "seed": self.seed,
         }

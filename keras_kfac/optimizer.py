@@ -10,6 +10,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.damping import LevenbergMarquardt
+from keras_kfac.introspection.adapters import MAX_FACTOR_SIZE
 from keras_kfac.introspection.forward_pass import instance_attribute
 from keras_kfac.introspection.weight_sharing import EXPAND, Choice
 from keras_kfac.math.linalg import scaled_rows
@@ -109,6 +110,15 @@ class KFAC(SteppingOptimizer):
             (tensorflow/kfac and kfac-jax call it `norm_constraint`.)
         burn_in_steps: So many batches at first only go into the factors, as a plain average: no
             weight moves, and they count as no step.
+        max_factor_size: A factor of more rows is kept as blocks of at most so many on its diagonal,
+            as `coverage()` says: to invert `d` rows takes about `d³` operations, to multiply by
+            them `d²` for each row of the batch. Vectors of embeddings, groups of convolutions and
+            blocks of exact gradients stay as they are.
+        memory_limit: How many bytes factors and inverses may take, `None` for any number. What
+            they take is in `coverage()`; needing more is an error before they are allocated.
+        product_dtype: Dtype in which to multiply gradients by inverses: `"bfloat16"` (sums are
+            still accumulated in float32) for devices that are faster in it; `None` for that of the
+            weights. Factors and inverses are in full precision either way.
         fallback: Keras optimizer for the weights that no curvature block covers. It keeps its own
             learning rate, and steps whenever K-FAC does. Defaults to `keras.optimizers.Adam()`.
         seed: Int, for sampling targets. Draws depend on it and the iteration (and are others
@@ -151,6 +161,9 @@ class KFAC(SteppingOptimizer):
         weight_sharing: Choice = EXPAND,
         kl_clip: float | LearningRateSchedule | None = None,
         burn_in_steps: int = 0,
+        max_factor_size: int = MAX_FACTOR_SIZE,
+        memory_limit: int | None = None,
+        product_dtype: str | None = None,
         fallback: keras.optimizers.Optimizer | None = None,
         seed: int = 0,
         name: str = "kfac",
@@ -168,6 +181,9 @@ class KFAC(SteppingOptimizer):
             weight_sharing,
             kl_clip,
             burn_in_steps,
+            max_factor_size,
+            memory_limit,
+            product_dtype,
             fallback,
             seed,
             name,

@@ -15,7 +15,7 @@ from keras_kfac.introspection.batch_part import BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.losses import ModelLoss
-from keras_kfac.math.linalg import gram, inner_product, is_finite
+from keras_kfac.math.linalg import inner_product, is_finite, symmetric_matrix, upper_triangle
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import kl_clip_scale
 from keras_kfac.step_rule import solve
@@ -53,14 +53,11 @@ class Batch(NamedTuple):
         """The model of the loss, with its L2 regularisers, along the given directions."""
         weights = current_values(variables)
         curvature = gauss_newton.products(self.passes, self.loss, weights, directions, MODEL_PART)
-        metric = tf.zeros_like(curvature)
-        for variable in variables:
-            own = [i for i, direction in enumerate(directions) if id(variable) in direction]
-            products = tf.cast(gram([directions[i][id(variable)] for i in own]), _SUM)
-            place = tf.one_hot(own, len(directions), dtype=_SUM)
-            products = tf.matmul(place, tf.matmul(products, place), transpose_a=True)
-            metric += products
-            curvature += l2_coefficient(variable) * products
+        l2 = {id(v): coefficient for v in variables if (coefficient := l2_coefficient(v))}
+        if l2:
+            scaled = [{k: c * d[k] for k, c in l2.items() if k in d} for d in directions]
+            curvature += _dots(directions, scaled)
+        metric = _dots(directions, directions)
         gradient = tf.stack([_dot(self.gradients, direction) for direction in directions])
         return QuadraticModel(curvature, metric, gradient)
 
@@ -84,8 +81,17 @@ def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
     return tf.reduce_all([is_finite(value) for value in values])
 
 
+def _dots(first: Sequence[Tensors], second: Sequence[Tensors]) -> tf.Tensor:
+    """Inner products of all pairs, which must make a symmetric matrix.
+
+    Sums, one by one: the product of a few long rows and columns takes several times as long.
+    """
+    entries = {(i, j): _dot(first[i], second[j]) for i, j in upper_triangle(len(first))}
+    return symmetric_matrix(entries, len(first))
+
+
 def _dot(gradients: Tensors, direction: Tensors) -> tf.Tensor:
-    terms = [inner_product(gradients[key], d) for key, d in direction.items()]
+    terms = [inner_product(gradients[key], d) for key, d in direction.items() if key in gradients]
     return tf.add_n([tf.zeros((), _SUM), *(tf.cast(term, _SUM) for term in terms)])
 
 

@@ -48,6 +48,22 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_memory_limit(value: Any) -> int | None:
+    """Checks a number of bytes, or `None`."""
+    return None if value is None else check_positive_int("memory_limit", value)
+
+
+def check_product_dtype(value: Any) -> str | None:
+    """Checks the dtype of the products with inverses."""
+    is_known = isinstance(value, str) and value in ("bfloat16", "float32", "float64")
+    if value is not None and not is_known:
+        raise ValueError(
+            "`product_dtype` must be 'bfloat16', 'float32', 'float64' or None. Received: "
+            f"product_dtype={value!r}"
+        )
+    return value
+
+
 def check_open_unit_interval(name: str, value: Any) -> None:
     """Checks a number in (0, 1)."""
     if not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
@@ -143,10 +159,11 @@ def check_plateau(factor: float, min_delta: float) -> None:
         raise ValueError(f"`min_delta` must be a number >= 0. Received: {min_delta=}")
 
 
-def check_positive_int(name: str, value: Any) -> None:
+def check_positive_int(name: str, value: Any) -> int:
     """Checks an int that is at least 1."""
-    if not isinstance(value, numbers.Integral) or value < 1:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a positive int. Received: {name}={value!r}")
+    return int(value)
 
 
 def check_damping_bounds(

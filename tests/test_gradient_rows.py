@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_kfac import KFAC
 from keras_kfac.curvature.block import KroneckerBlock
-from keras_kfac.introspection import adapters, gradient_rows
+from keras_kfac.introspection import gradient_rows
 from keras_kfac.introspection.forward_pass import recording
 from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.losses import resolve_loss
@@ -70,12 +70,12 @@ class TestRows:
     @pytest.mark.parametrize("exact", [False, True], ids=["factored", "exact"])
     @pytest.mark.parametrize("largest", [8192, 6], ids=["whole", "in-blocks"])
     def test_make_the_same_steps(self, monkeypatch, use_of_rows, exact, largest):
-        monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", largest)
+        options = {"exact_damping": exact, "max_factor_size": largest}
         batches = data(examples=2)
-        expected = weights_after(monkeypatch, network(), batches, 2**60, exact_damping=exact)
+        expected = weights_after(monkeypatch, network(), batches, 2**60, **options)
         assert not any(use_of_rows)
         use_of_rows.clear()
-        actual = weights_after(monkeypatch, network(), batches, 1, exact_damping=exact)
+        actual = weights_after(monkeypatch, network(), batches, 1, **options)
         # Three dense layers; neither the convolution nor the normalisation.
         assert sum(use_of_rows) >= 3 * STEPS
         for a, b in zip(actual, expected, strict=True):
@@ -93,6 +93,14 @@ class TestRows:
 
         for a, b in zip(train(1), train(2**60), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+    def test_in_reduced_precision(self, monkeypatch, use_of_rows):
+        batches = data(examples=2)
+        expected = weights_after(monkeypatch, network(), batches, 2**60)
+        actual = weights_after(monkeypatch, network(), batches, 1, product_dtype="float32")
+        assert any(use_of_rows)
+        errors = [np.abs(a - b).max() for a, b in zip(actual, expected, strict=True)]
+        assert 1e-10 < max(errors) < 1e-5
 
     def test_large_batches_are_summed(self, monkeypatch, use_of_rows):
         weights_after(monkeypatch, network(), data(examples=64), 1)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_kfac import KFAC, RawWeightsAdapter, _keras_internals, register
+from keras_kfac.curvature.coverage import Coverage
 from keras_kfac.introspection import adapters, forward_pass, per_example, registry
 from keras_kfac.introspection.adapters import DenseAdapter
 from keras_kfac.introspection.convolutions import TransposedKernelAdapter
@@ -401,16 +402,55 @@ def test_bias_of_an_einsum_along_other_axes(bias_axes):
     assert_close(kron(a, g), dense_ggn(model, loss, x, y, [layer.bias], pfor=False))
 
 
+class TestThinning:
+    """Estimates take some of the pixels, all else takes all."""
+
+    @pytest.mark.parametrize(
+        ("make", "part", "data_format"),
+        [
+            (layers.Conv2D, 0, "channels_last"),  # The other order does not run on CPUs.
+            (layers.SeparableConv2D, 0, "channels_last"),
+            (layers.SeparableConv2D, 0, "channels_first"),
+            (layers.SeparableConv2D, 1, "channels_first"),
+        ],
+    )
+    def test_takes_every_other_pixel(self, make, part, data_format):
+        keras.utils.set_random_seed(0)
+        options = {"padding": "same", "data_format": data_format, "dtype": "float64"}
+        shape = (16, 18, 2) if data_format == "channels_last" else (2, 16, 18)
+        layer = make(3, 3, **options)
+        model = keras.Sequential([keras.Input(shape, dtype="float64"), layer])
+        x, loss = RNG.normal(size=(4, *shape)), LOSS["mse"].make()
+        a, _ = factors(model, loss, x, fisher="exact")[part]
+        estimate, _ = factors(model, loss, x, fisher="sampled")[part]
+        adapter = registry.adapt(layer, lambda v: True)[part]
+        rows = np.asarray(adapter.input_rows(tf.constant(x)))
+        places = rows.reshape(*rows.shape[:-2], 16, 18, rows.shape[-1])
+        for factor, pixels in ((a, places), (estimate, places[..., ::2, ::2, :])):
+            pixels = pixels.reshape(*rows.shape[:-3], -1, rows.shape[-1])
+            assert_close(factor, np.swapaxes(pixels, -1, -2) @ pixels / pixels.shape[-2], 1e-12)
+
+    @pytest.mark.parametrize("size", [15, None])
+    def test_needs_pixels_to_spare(self, size):
+        layer = layers.Conv2D(2, 3, padding="same")
+        keras.Sequential([keras.Input((size, size, 1)), layer])
+        adapter = registry.adapt(layer, lambda v: True)[0]
+        x = keras.Input((size, size, 1))
+        assert adapter.thinned(x) is adapter
+        adapter.reduces = True
+        assert adapter.thinned(keras.Input((32, 32, 1))) is adapter
+
+
 class TestLargeLayers:
     """Factors that are too large are kept in blocks."""
 
     def test_blocks_are_those_of_the_matrices(self, monkeypatch):
-        monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", 4)
+        monkeypatch.setattr(adapters, "MAX_FACTOR_SIZE", 4)
         model, _ = built(LAYERS[0])
         x, loss = RNG.normal(size=(3, 5)), LOSS["mse"].make()
         weights = np.array([1.0, 0.0, 2.0])
         (coarse,) = factors(model, loss, x, sample_weight=weights)
-        monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", 2)
+        monkeypatch.setattr(adapters, "MAX_FACTOR_SIZE", 2)
         (coarser,) = factors(model, loss, x, sample_weight=weights)
         monkeypatch.undo()
         (fine,) = factors(model, loss, x, sample_weight=weights)
@@ -421,16 +461,70 @@ class TestLargeLayers:
         assert_close(coarser.output_factor[0], g[:2, :2], 1e-14)
         assert_close(coarser.output_factor[1], np.diag([g[2, 2], 0]), 1e-14)
 
-    def test_trains_and_says_so(self, monkeypatch):
-        monkeypatch.setattr(adapters, "MAX_DENSE_FACTOR", 4)
+    def test_trains_and_says_so(self):
         model, _ = built(LAYERS[0])
-        model = helpers.compiled(model, KFAC(), keras.losses.MeanSquaredError())
+        optimizer = KFAC(max_factor_size=4)
+        model = helpers.compiled(model, optimizer, keras.losses.MeanSquaredError())
         x = RNG.normal(size=(32, 5))
         history = helpers.fit(model, (x, x[:, :3]), epochs=20).history["loss"]
         assert history[-1] < 0.1 * history[0]
         (row,) = model.optimizer.coverage()
         assert row.block == "kronecker"
         assert row.reason == "6 x 3 is large: input factor in 2 blocks"
+
+    def test_of_a_single_row_are_damped(self):
+        """A 1 x 1 factor is not; blocks of one row each are no such factor."""
+        model, _ = built(LAYERS[0])
+        optimizer = KFAC(max_factor_size=1, damping=0.1)
+        model = helpers.compiled(model, optimizer, keras.losses.MeanSquaredError())
+        x = RNG.normal(size=(32, 5)) * [0, 1, 1, 1, 1]
+        history = helpers.fit(model, (x, x[:, 1:4]), epochs=20).history["loss"]
+        assert history[-1] < 0.1 * history[0]
+        assert not optimizer._known.curvature.failed_refreshes()
+
+
+def kept_bytes(optimizer):
+    """What factors and inverses really take."""
+    parts = ("_factor", "_inverse", "_basis", "eigenvalues", "condition_number")
+    variables = optimizer.model_variables.items()
+    return sum(np.asarray(v).nbytes for name, v in variables if name.endswith(parts))
+
+
+class TestMemory:
+    @pytest.mark.parametrize("exact", [False, True], ids=["factored", "exact"])
+    @pytest.mark.parametrize("largest", [8192, 3], ids=["whole", "in-blocks"])
+    def test_is_known_before_the_first_step(self, exact, largest):
+        optimizer = KFAC(exact_damping=exact, max_factor_size=largest)
+        model = helpers.compiled(helpers.mlp_with_batch_normalization(), optimizer)
+        before = optimizer.attach(model).coverage()
+        helpers.fit(model, helpers.vectors())
+        assert before.memory == optimizer.coverage().memory == kept_bytes(optimizer)
+        assert sorted(row.memory > 0 for row in before) == [False, True, True, True]
+
+    def test_is_stated(self):
+        rows = Coverage()
+        rows.memory = 3 * 2**20
+        assert str(rows).endswith("Factors and inverses take 3.0 MiB.")
+
+    @pytest.mark.parametrize("unbuilt", [False, True])
+    def test_above_the_limit_is_an_error_before_it_is_taken(self, unbuilt):
+        optimizer = KFAC()
+        model = helpers.compiled(helpers.mlp(), optimizer)
+        needed = optimizer.attach(model).coverage().memory
+        optimizer = KFAC(memory_limit=needed - 1)
+        model = helpers.unbuilt_mlp() if unbuilt else helpers.mlp()
+        model = helpers.compiled(model, optimizer)
+        message = (
+            f"take {needed:,} bytes, [0-9]+ of them for layer 'mlp/hidden'. Lower "
+            f"`max_factor_size`, .* Received: memory_limit={needed - 1}"
+        )
+        with pytest.raises(ValueError, match=message):
+            helpers.fit(model, helpers.vectors())
+        assert not optimizer.model_variables
+        if not unbuilt:  # Keras can't go on with a model that it was building.
+            optimizer.memory_limit = needed
+            helpers.fit(model, helpers.vectors())
+            assert kept_bytes(optimizer) == needed
 
 
 ATTENTION = {

@@ -120,6 +120,48 @@ class TestRelativeChange:
         assert float(change) == pytest.approx(0, abs=1e-7)
 
 
+def embedded_words():
+    """A model with sparse gradients, and its data."""
+    keras.utils.set_random_seed(0)
+    vectors = [keras.layers.Embedding(40, 5), keras.layers.Flatten()]
+    model = keras.Sequential(
+        [keras.Input((3,), dtype="int32"), *vectors, keras.layers.Dense(helpers.CLASSES)]
+    )
+    return model, (np.arange(24).reshape(8, 3), np.arange(8) % helpers.CLASSES)
+
+
+def steps_of(product_dtype, model, data, jit_compile=False, **kwargs):
+    """The step of each weight with the first batch, along the preconditioned gradient."""
+    optimizer = helpers.kfac(momentum=0.0, kl_clip=None, product_dtype=product_dtype, **kwargs)
+    helpers.compiled(model, optimizer, jit_compile=jit_compile)
+    before = helpers.weights(model)
+    helpers.fit(model, tuple(part[: helpers.BATCH] for part in data))
+    return [after - start for after, start in zip(helpers.weights(model), before)]
+
+
+class TestProductDtype:
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"exact_damping": True}, {"max_factor_size": 3}, {"jit_compile": True}],
+        ids=["factored", "exact", "in-blocks", "xla"],
+    )
+    def test_bfloat16_makes_the_same_step_to_its_rounding(self, options):
+        reduced, full = (
+            steps_of(dtype, helpers.mlp(), helpers.vectors(), fisher="exact", **options)
+            for dtype in ("bfloat16", None)
+        )
+        # XLA may keep more than the 8 bits.
+        least = 0 if options.get("jit_compile") else 1e-4
+        for a, b in zip(reduced, full):
+            assert least <= np.linalg.norm(a - b) / np.linalg.norm(b) < 2e-2
+
+    def test_of_few_rows(self):
+        reduced, full = (
+            steps_of(dtype, *embedded_words(), fisher="exact") for dtype in ("bfloat16", None)
+        )
+        assert 1e-4 < np.linalg.norm(reduced[0] - full[0]) / np.linalg.norm(full[0]) < 2e-2
+
+
 class TestBurnIn:
     """Identity 23: a burn-in of K batches is their plain average."""
 

@@ -10,8 +10,8 @@ from keras import ops
 from keras_kfac.curvature.regularization import l2_coefficient
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
-from keras_kfac.math.inverses import Inverse, relative_change
-from keras_kfac.math.linalg import RowPairs, inner_product, is_finite, scalar, trace
+from keras_kfac.math.inverses import Inverse, Start, relative_change
+from keras_kfac.math.linalg import Gradient, RowPairs, cast, inner_product, is_finite, scalar, trace
 from keras_kfac.math.moving_average import weighted_average
 from keras_kfac.math.structure import aligned, aligned_shapes, from_blocks, to_blocks
 
@@ -34,6 +34,7 @@ class KroneckerBlock:
         adapter: The layer.
         add_variable: Creates the block's variables.
         inverse_type: How the product of the factors is damped.
+        product_dtype: In which to multiply gradients by inverses; `None` for that of the weights.
 
     Attributes:
         adapter: The layer.
@@ -46,9 +47,14 @@ class KroneckerBlock:
     """
 
     def __init__(
-        self, adapter: LayerAdapter, add_variable: AddVariable, inverse_type: type[Inverse]
+        self,
+        adapter: LayerAdapter,
+        add_variable: AddVariable,
+        inverse_type: type[Inverse],
+        product_dtype: str | None = None,
     ) -> None:
         self.adapter = adapter
+        self._product_dtype = product_dtype
         self._l2 = l2_coefficient(adapter.variables[0])
         dtype = adapter.variables[0].dtype
         shapes = adapter.factor_shapes
@@ -57,11 +63,10 @@ class KroneckerBlock:
         self.weight = add_variable("factor_weight", (), dtype)
         self._inverse_type = inverse_type
         self._structures = adapter.structures
-        parts = inverse_type.start(*aligned_shapes(shapes, self._structures))
         # The identity until the first refresh succeeds: the block then passes the gradient on.
         self._inverse = [
             add_variable(name, shape, dtype, initial)
-            for name, (shape, initial) in zip(inverse_type._fields, parts)
+            for name, (shape, initial) in zip(inverse_type._fields, _start(adapter, inverse_type))
         ]
         self.failed_refreshes = add_variable("failed_refreshes", (), "int32")
         self.refreshes = add_variable("refreshes", (), "int32")
@@ -103,18 +108,18 @@ class KroneckerBlock:
 
     def trace(self) -> tf.Tensor:
         """Trace of `A ⊗ G`, undamped."""
-        a, g = self._factors()
+        a, g = aligned(self._factors(), self._structures)
         return tf.reduce_sum(trace(a) * trace(g))
 
     def _factors(self) -> list[tf.Tensor]:
-        both = [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]
-        return aligned(both, self._structures)
+        return [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]
 
     def invert(self, damping: tf.Tensor) -> Inverse:
         """The inverse of the damped factors as they are now; not finite where that fails."""
         # The curvature of the regulariser of the kernel, the bulk of the weights.
         damping = scalar(damping, self.input_factor.dtype) + self._l2
-        a, g = self._factors()
+        factors = [s.filled(f) for s, f in zip(self._structures, self._factors())]
+        a, g = aligned(factors, self._structures)
         return self._inverse_type.of(a, g, damping)
 
     def keep(self, inverse: Inverse) -> None:
@@ -166,9 +171,28 @@ class KroneckerBlock:
         if not adapter.takes_slices:
             gradients = {key: tf.convert_to_tensor(value) for key, value in gradients.items()}
         matrix = adapter.to_matrix(gradients) if pairs is None else pairs
-        matrix = inverse.precondition(to_blocks(matrix, self._structures))
+        matrix = self._product(to_blocks(matrix, self._structures), inverse)
         if isinstance(matrix, RowPairs):
             matrix = matrix.sum()
         directions = adapter.from_matrix(from_blocks(matrix, self._structures))
         products = [inner_product(gradients[key], value) for key, value in directions.items()]
         return directions, tf.add_n(products)
+
+    def _product(self, matrix: Gradient, inverse: Inverse) -> Gradient:
+        dtype = self.input_factor.dtype
+        if self._product_dtype in (None, dtype):
+            return inverse.precondition(matrix)
+        inverse = self._inverse_type(*(tf.cast(part, self._product_dtype) for part in inverse))
+        return cast(inverse.precondition(cast(matrix, self._product_dtype)), dtype)
+
+
+def memory(adapter: LayerAdapter, inverse_type: type[Inverse]) -> int:
+    """Bytes that the block of an adapter keeps."""
+    inverse = [shape for shape, _ in _start(adapter, inverse_type)]
+    numbers = sum(math.prod(shape) for shape in (*adapter.factor_shapes, *inverse))
+    return tf.as_dtype(adapter.variables[0].dtype).size * numbers
+
+
+def _start(adapter: LayerAdapter, inverse_type: type[Inverse]) -> Start:
+    """Shapes and initial values of the parts of the inverse."""
+    return inverse_type.start(*aligned_shapes(adapter.factor_shapes, adapter.structures))

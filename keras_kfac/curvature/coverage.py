@@ -7,9 +7,11 @@ from typing import NamedTuple
 import keras
 
 from keras_kfac import _keras_internals
+from keras_kfac.curvature.block import memory
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path, own_variables
 from keras_kfac.introspection.registry import adapt, find_adapters, has_entry
 from keras_kfac.introspection.weight_sharing import Choice, WeightSharing
+from keras_kfac.math.inverses import Inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class CoverageRow:
             `"fallback"` or `"frozen"`.
         reason: Why it has no curvature block, or a coarser one than it could have; or why shared
             weights are treated by "reduce"; or empty.
+        memory: Bytes that the factors and inverses of its blocks take.
     """
 
     layer: str
@@ -31,10 +34,17 @@ class CoverageRow:
     weights: int
     block: str
     reason: str = ""
+    memory: int = 0
 
 
 class Coverage(list[CoverageRow]):
-    """Rows of `KFAC.coverage()`; prints as a table."""
+    """Rows of `KFAC.coverage()`; prints as a table.
+
+    Attributes:
+        memory: Bytes that the factors and inverses of all blocks take.
+    """
+
+    memory = 0
 
     @property
     def fraction(self) -> float:
@@ -42,6 +52,21 @@ class Coverage(list[CoverageRow]):
         total = sum(row.weights for row in self)
         covered = sum(row.weights for row in self if row.block not in ("fallback", "frozen"))
         return covered / total if total else 0.0
+
+    def check_memory(self, limit: int | None) -> None:
+        """Refuses to take more than a number of bytes.
+
+        Raises:
+            ValueError: If the blocks need more.
+        """
+        if limit is None or self.memory <= limit:
+            return
+        largest = max(self, key=lambda row: row.memory)
+        raise ValueError(
+            f"Factors and inverses of this model take {self.memory:,} bytes, {largest.memory:,} of "
+            f"them for layer {largest.layer!r}. Lower `max_factor_size`, freeze layers, or raise "
+            f"the limit. Received: memory_limit={limit!r}"
+        )
 
     def __str__(self) -> str:
         header = ("layer", "type", "weights", "block", "reason")
@@ -53,7 +78,10 @@ class Coverage(list[CoverageRow]):
             "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[4]])
             for line in table
         ]
-        lines.append(f"{100 * self.fraction:.1f} % of the trained weights have a curvature block.")
+        lines.append(
+            f"{100 * self.fraction:.1f} % of the trained weights have a curvature block. Factors "
+            f"and inverses take {self.memory / 2**20:,.1f} MiB."
+        )
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -64,10 +92,24 @@ class CoveragePlan(NamedTuple):
     rows: Coverage
 
 
+class BlockSettings(NamedTuple):
+    """What a user says of the blocks.
+
+    Attributes:
+        weight_sharing: How to treat weights that are used at many positions.
+        inverse_type: How blocks are damped.
+        max_factor_size: Factors of more rows are kept in blocks.
+    """
+
+    weight_sharing: Choice
+    inverse_type: type[Inverse]
+    max_factor_size: int
+
+
 def plan_coverage(
     model: keras.Model,
     is_trained: Callable[[keras.Variable], bool],
-    weight_sharing: Choice,
+    settings: BlockSettings,
     called: Collection[int] | None = None,
     unreachable: Mapping[int, str] | None = None,
 ) -> CoveragePlan:
@@ -76,7 +118,7 @@ def plan_coverage(
     Args:
         model: A built model.
         is_trained: Whether a variable is among those the optimizer trains.
-        weight_sharing: How to treat weights that are used at many positions.
+        settings: How the blocks are to be.
         called: `id`s of the layers that a forward pass called; `None` before the first pass.
         unreachable: Reasons why a layer's tensors can't be had, by `id` of the layer.
 
@@ -84,7 +126,7 @@ def plan_coverage(
         ValueError: If `weight_sharing` names layers that the model does not have, or that can't
             be treated so.
     """
-    sharing = WeightSharing(model, weight_sharing)
+    sharing = WeightSharing(model, settings.weight_sharing)
     layers = _keras_internals.flatten_layers(model)
     adapters: list[LayerAdapter] = []
     reasons: dict[int, str] = {}  # Why a variable has no block, by its `id`.
@@ -93,17 +135,20 @@ def plan_coverage(
         sharing.check(layer, found)
         for adapter in found:
             adapter.reduces = adapter.can_reduce and bool(sharing.reduces(layer))
+            for use in (adapter, *adapter.uses):
+                use.max_factor_size = settings.max_factor_size
         adapters += found
         own = layer.weights if has_entry(layer) else own_variables(layer)
         for variable in own:
             reasons.setdefault(id(variable), reason)
     covered = {id(v): adapter for adapter in adapters for v in adapter.variables}
     rows = Coverage()
+    rows.memory = sum(memory(adapter, settings.inverse_type) for adapter in adapters)
     for layer in layers:
         own = own_variables(layer)
         trained = [v for v in own if is_trained(v)]
         if own:
-            rows.append(_row(layer, trained, covered, reasons, sharing))
+            rows.append(_row(layer, trained, covered, reasons, sharing, settings.inverse_type))
     return CoveragePlan(adapters, rows)
 
 
@@ -113,6 +158,7 @@ def _row(
     covered: Mapping[int, LayerAdapter],
     reasons: Mapping[int, str],
     sharing: WeightSharing,
+    inverse_type: type[Inverse],
 ) -> CoverageRow:
     name, kind = layer_path(layer), type(layer).__name__
     if not trained:
@@ -125,7 +171,9 @@ def _row(
     notes = [*map(_coarseness, adapters)]
     if any(adapter.reduces for adapter in adapters):
         notes.append(sharing.reduces(layer))
-    return CoverageRow(name, kind, weights, adapters[0].block, "; ".join(filter(None, notes)))
+    needed = sum(memory(adapter, inverse_type) for adapter in adapters)
+    reason = "; ".join(filter(None, notes))
+    return CoverageRow(name, kind, weights, adapters[0].block, reason, needed)
 
 
 def _coarseness(adapter: LayerAdapter) -> str:

@@ -13,7 +13,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher, collect
-from keras_kfac.math.inverses import ExactInverse, FactoredInverse, Inverse
+from keras_kfac.math.inverses import Inverse
 from keras_kfac.math.kronecker import block_damping
 from keras_kfac.math.linalg import RowPairs
 from keras_kfac.math.update_times import in_turns
@@ -32,7 +32,8 @@ class ModelCurvature:
     Args:
         adapters: The layers to cover.
         add_variable: Creates the variables.
-        exact_damping: Whether blocks are `A ⊗ G + λ I`, or damped by factor.
+        inverse_type: Whether blocks are `A ⊗ G + λ I`, or damped by factor.
+        product_dtype: In which to multiply gradients by inverses; `None` for that of the weights.
         spares_weak_blocks: Whether `λ` is smaller for blocks of little curvature.
 
     Attributes:
@@ -43,13 +44,15 @@ class ModelCurvature:
         self,
         adapters: Sequence[LayerAdapter],
         add_variable: AddVariable,
-        exact_damping: bool,
+        inverse_type: type[Inverse],
+        product_dtype: str | None,
         spares_weak_blocks: bool,
     ) -> None:
         self._spares_weak_blocks = spares_weak_blocks
-        inverse_type = ExactInverse if exact_damping else FactoredInverse
         self.blocks = [
-            KroneckerBlock(adapter, _prefixed(add_variable, f"block.{index}."), inverse_type)
+            KroneckerBlock(
+                adapter, _prefixed(add_variable, f"block.{index}."), inverse_type, product_dtype
+            )
             for index, adapter in enumerate(adapters)
         ]
         self._dtype = tf.float32

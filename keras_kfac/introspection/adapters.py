@@ -22,9 +22,9 @@ from keras_kfac.math.structure import Structure, Structures
 Gradients = dict[int, tf.Tensor]
 """Gradients (or directions) of a layer's variables, by `id` of the variable."""
 
-# A factor of more rows than this is kept in blocks on its diagonal: inverting it would hold up a
-# step, and preconditioning by it all steps.
-MAX_DENSE_FACTOR = 8192
+# A factor of more rows than this is kept in blocks on its diagonal, unless a user says otherwise:
+# inverting it would hold up a step, and preconditioning by it all steps.
+MAX_FACTOR_SIZE = 8192
 
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
@@ -50,6 +50,7 @@ class LayerAdapter(abc.ABC):
         layer: The adapted layer, built.
         part: Which part of the layer it is; empty if it is the whole.
         reduces: Whether inputs are averaged, and gradients summed, over positions first.
+        max_factor_size: A factor of more rows is kept in blocks.
     """
 
     part = ""
@@ -60,6 +61,7 @@ class LayerAdapter(abc.ABC):
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         self.layer = layer
         self.reduces = False
+        self.max_factor_size = MAX_FACTOR_SIZE
         self._trained = trained
 
     @classmethod
@@ -130,7 +132,7 @@ class LayerAdapter(abc.ABC):
         """What is kept of the input factor and the output factor: of each group, all."""
         rows, columns = map(Structure, self.dims)
         if self.groups is None:
-            rows, columns = (s.split(MAX_DENSE_FACTOR) for s in (rows, columns))
+            rows, columns = (s.split(self.max_factor_size) for s in (rows, columns))
         return rows, columns
 
     @property
@@ -147,6 +149,10 @@ class LayerAdapter(abc.ABC):
         *observed: Any,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The sum that makes up the input factor, and its weight; see `factors.input_moment`."""
+
+    def thinned(self, inputs: tf.Tensor) -> "LayerAdapter":
+        """The adapter to estimate the input factor by, where all positions are not worth it."""
+        return self
 
     def output_factor(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """The output factor of a call, given the gradients of its outputs."""

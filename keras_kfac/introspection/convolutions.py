@@ -1,5 +1,6 @@
 """Adapters of convolutions: every output pixel is a position (KFC, Grosse & Martens 2016)."""
 
+import copy
 import math
 from collections.abc import Collection
 from typing import Any
@@ -9,9 +10,14 @@ import tensorflow as tf
 from keras_kfac.introspection.adapters import AffineAdapter
 from keras_kfac.math import patches
 
+# An estimate of the input factor takes some of the pixels, at least so many of an image.
+MIN_POSITIONS = 64
+
 
 class ConvAdapter(AffineAdapter):
     """`keras.layers.Conv1D`, `Conv2D` and `Conv3D`; each group of channels is a block."""
+
+    _skip = 1  # Of as many patches in each dimension the first counts.
 
     @classmethod
     def methods(cls) -> Collection[str]:
@@ -34,6 +40,19 @@ class ConvAdapter(AffineAdapter):
         images = self._channels_last(inputs)
         return self._split(self._patches(images), images.shape[-1])
 
+    def thinned(self, inputs: tf.Tensor) -> "ConvAdapter":
+        """The same for some of the pixels, evenly spaced: neighbours see nearly the same."""
+        axes = slice(2, None) if self.layer.data_format == "channels_first" else slice(1, -1)
+        sizes = self.layer.compute_output_shape(inputs.shape)[axes]
+        if self.reduces or None in sizes:
+            return self
+        spare = (math.prod(sizes) / MIN_POSITIONS) ** (1 / len(sizes))
+        if spare < 2:
+            return self
+        other = copy.copy(self)
+        other._skip = 2 ** int(math.log2(spare))
+        return other
+
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of pre-activation gradients."""
         rows = self._pixels(gradients)
@@ -42,7 +61,7 @@ class ConvAdapter(AffineAdapter):
     def _patches(self, images: tf.Tensor) -> tf.Tensor:
         layer = self.layer
         return patches.extract(
-            images, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate
+            images, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate, self._skip
         )
 
     def _pixels(self, images: tf.Tensor) -> tf.Tensor:
@@ -174,6 +193,7 @@ class PointwisePartAdapter(_Part):
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """What the first kernel makes of the inputs."""
         first = DepthwisePartAdapter(self.layer, lambda variable: True)
+        first._skip = self._skip
         rows = first.kernel_rows(inputs)
         matrix = first.kernel_matrix(tf.cast(self.layer.depthwise_kernel.value, inputs.dtype))
         if first.groups is None:

@@ -1,6 +1,5 @@
 """Exact Gauss-Newton products and changes of the loss, from replayed forward passes."""
 
-import itertools
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -9,6 +8,7 @@ from keras_kfac.introspection.batch_part import WHOLE, BatchPart, whole_over_par
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import ModelLoss, single_output
 from keras_kfac.introspection.replay import Weights, tangents
+from keras_kfac.math.linalg import symmetric_matrix, upper_triangle
 
 # Sums over a batch, and differences of losses, need more digits than the terms have.
 _SUM = tf.float64
@@ -39,7 +39,7 @@ def products(
     Source: Schraudolph (2002), section 3; Martens & Grosse (2015), section 6.4 and appendix C.
     """
     size = len(directions)
-    entries = {pair: tf.zeros((), _SUM) for pair in _pairs(size)}
+    entries = {pair: tf.zeros((), _SUM) for pair in upper_triangle(size)}
     for forward_pass in passes:
         outputs = single_output(forward_pass)
         coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
@@ -53,11 +53,7 @@ def products(
         for i, j in entries:
             product = loss.known_likelihood.curvature_product(natural, vectors[i], vectors[j])
             entries[i, j] += tf.reduce_sum(tf.cast(product, _SUM) * coefficients)
-    return tf.stack([[entries[min(i, j), max(i, j)] for j in range(size)] for i in range(size)])
-
-
-def _pairs(size: int) -> list[tuple[int, int]]:
-    return list(itertools.combinations_with_replacement(range(size), 2))
+    return symmetric_matrix(entries, size)
 
 
 def loss_change(passes: Sequence[ForwardPass], loss: ModelLoss, weights: Weights) -> tf.Tensor:

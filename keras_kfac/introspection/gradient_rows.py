@@ -61,8 +61,8 @@ class GradientRows(NamedTuple):
         for adapter in self.adapters:
             structures, (d_in, d_out) = adapter.structures, adapter.dims
             summed += products(structures)
-            # One pass backwards, and one comparison with the gradient.
-            each = products(structures, pairs=1) + 2 * d_in * d_out
+            # And one pass backwards.
+            each = products(structures, pairs=1) + d_in * d_out
             by_rows += each * tf.cast(tf.shape(self._inputs(adapter))[0], by_rows.dtype)
         return by_rows < summed
 

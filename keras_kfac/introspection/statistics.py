@@ -179,7 +179,9 @@ def _input_factor(
             _check_batch(adapter, call.inputs, item)
             inputs, scale = item.used(call.inputs)
             scale = tf.cast(scale, dtype)
-            moment, moment_weight = adapter.input_moment(inputs, example_weights, dtype, *observed)
+            # What takes a part of the batch takes a part of the positions, too.
+            part = adapter if item.examples is None else adapter.thinned(inputs)
+            moment, moment_weight = part.input_moment(inputs, example_weights, dtype, *observed)
             total, weight = total + scale * moment, weight + scale * moment_weight
     return tf.math.divide_no_nan(total, weight)
 

@@ -25,6 +25,12 @@ def _mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(mean, axis=[0, 1], keepdims=True) if is_in_blocks else mean
 
 
+def _is_number(factor: tf.Tensor) -> bool:
+    """Whether a factor is 1 x 1, and not one of several such blocks."""
+    is_in_blocks = factor.shape.rank == 4 and factor.shape[:2].num_elements() > 1
+    return factor.shape[-1] == 1 and not is_in_blocks
+
+
 def product_for_sum(
     products: Sequence[tuple[tf.Tensor, tf.Tensor]],
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -105,9 +111,9 @@ def factored_damping(
     safe_a, safe_g = tf.where(alive, mean_a, one), tf.where(alive, mean_g, one)
 
     root = tf.sqrt(damping)
-    if input_factor.shape[-1] == 1:
+    if _is_number(input_factor):
         damping_a, damping_g = tf.zeros_like(damping), damping / safe_a
-    elif output_factor.shape[-1] == 1:
+    elif _is_number(output_factor):
         damping_a, damping_g = damping / safe_g, tf.zeros_like(damping)
     else:
         pi = tf.sqrt(safe_a / safe_g)

@@ -6,7 +6,7 @@ a matrix is the sum of.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
@@ -41,6 +41,13 @@ def scalar(value: float | tf.Tensor, dtype: tf.DType | str) -> tf.Tensor:
     if tf.is_tensor(value):
         return tf.cast(value, dtype)
     return tf.constant(value, dtype)
+
+
+def cast(gradient: Gradient, dtype: tf.DType | str) -> Gradient:
+    """A gradient in another dtype."""
+    if isinstance(gradient, RowPairs):
+        return RowPairs(*(tf.cast(rows, dtype) for rows in gradient))
+    return tf.cast(gradient, dtype)
 
 
 def is_finite(tensor: tf.Tensor) -> tf.Tensor:
@@ -124,18 +131,20 @@ def inner_product(gradient: Gradient, direction: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.cast(gradient, direction.dtype) * direction)
 
 
-def gram(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Inner products of tensors of one shape, `[k, k]`.
+def upper_triangle(size: int) -> list[tuple[int, int]]:
+    """The places `(i, j)`, `i <= j`, of a square matrix."""
+    return list(itertools.combinations_with_replacement(range(size), 2))
 
-    One by one, for a matrix product of `k` long rows and `k` columns takes Eigen six times as long.
+
+def symmetric_matrix(entries: Mapping[tuple[int, int], tf.Tensor], size: int) -> tf.Tensor:
+    """The symmetric matrix with these scalars in its upper triangle.
 
     Example:
-    >>> gram([tf.constant([1.0, 2.0]), tf.constant([0.0, 3.0])]).numpy().tolist()
-    [[5.0, 6.0], [6.0, 9.0]]
+    >>> entries = {place: tf.constant(float(sum(place))) for place in upper_triangle(2)}
+    >>> symmetric_matrix(entries, 2).numpy().tolist()
+    [[0.0, 1.0], [1.0, 2.0]]
     """
-    pairs = itertools.combinations_with_replacement(range(len(tensors)), 2)
-    entries = {pair: tf.reduce_sum(tensors[pair[0]] * tensors[pair[1]]) for pair in pairs}
-    places = range(len(tensors))
+    places = range(size)
     return tf.stack([[entries[min(i, j), max(i, j)] for j in places] for i in places])
 
 

@@ -17,6 +17,7 @@ def extract(
     strides: Sequence[int],
     padding: str,
     dilation: Sequence[int],
+    skip: int = 1,
 ) -> tf.Tensor:
     """Patches that a convolution in any number of dimensions multiplies with its kernel.
 
@@ -27,6 +28,7 @@ def extract(
         padding: `"same"`, `"valid"` or `"causal"` (no entry later than the output in any
             dimension); padded entries are zero.
         dilation: Steps from one entry of a patch to the next.
+        skip: Takes the first of as many patches in each dimension.
 
     Returns:
         `[batch, positions, window * channels]`, one position for each output pixel, the last
@@ -36,15 +38,18 @@ def extract(
     >>> signal = tf.reshape(tf.range(4.0), [1, 4, 1])
     >>> extract(signal, [2], [1], "causal", [1])[0].numpy().tolist()
     [[0.0, 0.0], [0.0, 1.0], [1.0, 2.0], [2.0, 3.0]]
+    >>> extract(signal, [2], [1], "causal", [1], skip=2)[0].numpy().tolist()
+    [[0.0, 0.0], [1.0, 2.0]]
     """
-    if padding == "causal":
-        before = [(size - 1) * step for size, step in zip(window, dilation)]
-        images = tf.pad(images, [[0, 0], *([size, 0] for size in before), [0, 0]])
-        padding = "valid"
     width = math.prod(window) * images.shape[-1]
+    batch = tf.shape(images)[0]
+    if padding == "causal" or skip > 1 or len(window) > 2:
+        pads = _pads(images, window, strides, padding, dilation)
+        images = tf.pad(images, [[0, 0], *pads, [0, 0]])
+        padding, strides = "valid", [skip * step for step in strides]
     if len(window) > 2:
-        patches = _by_slices(images, window, strides, padding, dilation)
-        return tf.reshape(patches, [tf.shape(images)[0], -1, width])
+        patches = _by_slices(images, window, strides, dilation)
+        return tf.reshape(patches, [batch, -1, width])
     if len(window) == 1:
         images = images[:, tf.newaxis]
     one = [1] * (2 - len(window))
@@ -55,37 +60,45 @@ def extract(
         rates=[1, *one, *dilation, 1],
         padding=padding.upper(),
     )
-    return tf.reshape(patches, [tf.shape(images)[0], -1, width])
+    return tf.reshape(patches, [batch, -1, width])
 
 
-def _by_slices(
+def _pads(
     images: tf.Tensor,
     window: Sequence[int],
     strides: Sequence[int],
     padding: str,
     dilation: Sequence[int],
+) -> list[list[tf.Tensor | int]]:
+    """Zeros before and after each dimension, with which `"valid"` gives the same patches."""
+    reach = [(size - 1) * step for size, step in zip(window, dilation)]
+    if padding == "valid":
+        return [[0, 0] for _ in reach]
+    if padding == "causal":
+        return [[size, 0] for size in reach]
+    pads: list[list[tf.Tensor | int]] = []
+    for axis, (span, step) in enumerate(zip(reach, strides), start=1):
+        size = images.shape[axis] or tf.shape(images)[axis]
+        last = (size - 1) // step * step  # Where the last patch begins.
+        missing = last + span + 1 - size
+        missing = max(missing, 0) if isinstance(missing, int) else tf.maximum(missing, 0)
+        pads.append([missing // 2, missing - missing // 2])
+    return pads
+
+
+def _by_slices(
+    images: tf.Tensor, window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
 ) -> tf.Tensor:
     """`[batch, *places, window * channels]`: a slice of the images for each entry of the window.
 
     TensorFlow's own op for three dimensions knows no dilation.
     """
-    sizes = [tf.shape(images)[1 + axis] for axis in range(len(window))]
-    reach = [(size - 1) * step + 1 for size, step in zip(window, dilation)]
-    if padding == "same":
-        places = [-(-size // step) for size, step in zip(sizes, strides)]
-        missing = [
-            tf.maximum((n - 1) * step + r - size, 0)
-            for n, step, r, size in zip(places, strides, reach, sizes)
-        ]
-        pads = [[m // 2, m - m // 2] for m in missing]
-        images = tf.pad(images, [[0, 0], *pads, [0, 0]])
-    else:
-        places = [(size - r) // step + 1 for size, r, step in zip(sizes, reach, strides)]
-    spans = [(n - 1) * step + 1 for n, step in zip(places, strides)]
+    reach = [(size - 1) * step for size, step in zip(window, dilation)]
+    ends = [tf.shape(images)[axis] - size for axis, size in enumerate(reach, start=1)]
     slices = []
     for entry in itertools.product(*map(range, window)):
         starts = [index * step for index, step in zip(entry, dilation)]
-        place = [slice(s, s + span, step) for s, span, step in zip(starts, spans, strides)]
+        place = [slice(s, s + end, step) for s, end, step in zip(starts, ends, strides)]
         slices.append(images[:, *place])
     return tf.concat(slices, axis=-1)
 

@@ -67,6 +67,25 @@ class Structure(NamedTuple):
             return matrix
         return tf.pad(matrix, [[0, missing if i == axis else 0] for i in range(2)])
 
+    def filled(self, factor: tf.Tensor) -> tf.Tensor:
+        """A factor with its mean eigenvalue where the last block has rows too much.
+
+        These are independent of all else, and change nothing but that the block is not singular for
+        no reason.
+
+        Example:
+        >>> Structure(3, blocks=2).filled(tf.constant([np.eye(2), np.diag([4.0, 0.0])]))[1].numpy()
+        array([[4., 0.],
+               [0., 2.]])
+        """
+        missing = self.blocks * self.block_size - self.size
+        if not missing:
+            return factor
+        mean = tf.reduce_sum(tf.linalg.trace(factor)) / self.size
+        excess = tf.range(self.blocks * self.block_size) >= self.size
+        excess = tf.reshape(tf.cast(excess, factor.dtype), [self.blocks, self.block_size])
+        return factor + tf.linalg.diag(mean * excess)
+
 
 Structures = tuple[Structure, Structure]
 """Those of the input factor and the output factor."""

@@ -5,8 +5,9 @@ a hundred later on. So both follow the number of steps taken, up to bounds that 
 is in use is at most a quarter of the steps taken old, and in the moving average of the factors the
 update of step `s` counts as `s³`, a memory of a quarter of the steps taken.
 
-Later on what costs much is spread over the steps of a period, in turns: no step then takes much
-longer than another.
+Later on what costs much is spread over the steps of a period, in turns, so that no step takes much
+longer than another. (What is last in the first round is a little older than a quarter of the steps
+then.)
 
 Averages whose weights grow so: Shamir & Zhang (2013), arXiv:1212.1824, section 4.
 """
