@@ -34,10 +34,11 @@ how many of its trained weights are under a curvature block, and which layers ar
 fallback optimizer. "Full", "diagonal" and "coarser" say how many of them are in such blocks: full
 or diagonal blocks of scales and offsets, Kronecker-factored blocks with a factor that is in blocks
 for its size. "Pooled" says how many are in layers whose outputs are averaged over positions before
-the loss: `weight_sharing="auto"` treats them by "reduce".
+the loss: `weight_sharing="auto"` treats them by "reduce". "Memory" is what factors and inverses
+take, in multiples of the weights.
 
-| architecture | trained weights | covered | full | diagonal | coarser | pooled | fallback |
-|---|---|---|---|---|---|---|---|
+| architecture | trained weights | covered | full | diagonal | coarser | pooled | memory | fallback |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -64,6 +65,7 @@ def row(name: str, rows: Coverage) -> str:
         share(blocks["diagonal"]),
         share(reasons["is large"]),
         share(reasons["reduce"]),
+        f"{rows.memory / (4 * total):.1f}",
         ", ".join(f"`{layer}`" for layer in left),
     ]
     return f"| {' | '.join(cells)} |\n"

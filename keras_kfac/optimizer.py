@@ -92,9 +92,9 @@ class KFAC(SteppingOptimizer):
             `factor_update_period`. Fewer at first, likewise.
         fisher: Which Fisher matrix: `"sampled"` (the true one, targets sampled from the model: one
             more backward pass per factor update, of which half of the batch counts, at least 128
-            rows of outputs and 8 examples), `"exact"` (the same without sampling noise: one
-            backward pass per output) or `"empirical"` (from the training targets; works with any
-            loss, and is a different matrix).
+            rows of outputs and 8 examples, and of large images some of the pixels), `"exact"` (the
+            same without sampling noise: one backward pass per output) or `"empirical"` (from the
+            training targets; works with any loss, and is a different matrix).
         exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
             factors, in place of the factored one above. Both work about as well; eigenbases take
             several times as long to compute.
