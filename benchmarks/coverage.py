@@ -37,7 +37,7 @@ for its size. "Pooled" says how many are in layers whose outputs are averaged ov
 the loss: `weight_sharing="auto"` treats them by "reduce". "Memory" is what factors and inverses
 take, in multiples of the weights.
 
-| architecture | trained weights | covered | full | diagonal | coarser | pooled | memory | fallback |
+| architecture | weights | covered | full | diagonal | coarser | pooled | memory | fallback |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -52,7 +52,8 @@ def row(name: str, rows: Coverage) -> str:
     total = sum(r.weights for r in rows)
 
     def share(weights: int) -> str:
-        return f"{100 * weights / total:.2g} %" if weights else ""
+        percent = 100 * weights / total
+        return f"{percent:.3g} %" if percent > 99 else f"{percent:.2g} %" if weights else ""
 
     blocks = {b: sum(r.weights for r in rows if r.block == b) for b in ("full", "diagonal")}
     reasons = {w: sum(r.weights for r in rows if w in r.reason) for w in ("is large", "reduce")}
