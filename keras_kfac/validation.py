@@ -50,7 +50,14 @@ def check_count(name: str, value: Any) -> int:
 
 def check_memory_limit(value: Any) -> int | None:
     """Checks a number of bytes, or `None`."""
-    return None if value is None else check_positive_int("memory_limit", value)
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            "`memory_limit` must be a number of bytes, an int >= 1, or None. Received: "
+            f"memory_limit={value!r}"
+        )
+    return int(value)
 
 
 def check_product_dtype(value: Any) -> str | None:
