@@ -69,7 +69,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
         Raises:
             ValueError: If the optimizer is attached to another model or was built for other
                 variables, or the model has nothing to train.
-            NotImplementedError: Under a distribution strategy with several replicas.
+            NotImplementedError: Under a distribution strategy that mirrors variables.
         """
         validation.check_attachable(model)
         if self._attachment is not None and self._attachment.model is not model:

@@ -16,7 +16,7 @@ from keras_kfac.introspection.weight_sharing import EXPAND, Choice
 from keras_kfac.math.linalg import scaled_rows
 from keras_kfac.problem_report import ProblemReport
 from keras_kfac.settings import ADAPTIVE
-from keras_kfac.step import Batch, all_finite
+from keras_kfac.step import Batch, Move, all_finite
 from keras_kfac.stepping import SteppingOptimizer
 
 T = TypeVar("T")
@@ -258,23 +258,31 @@ class KFAC(SteppingOptimizer):
                 gradients[id(self._known.covered[index])] = gradient
             else:
                 others.append((gradient, variable))
-        steps, accepted = self._covered_steps(self._batch, gradients, learning_rate)
+        moves, accepted = self._covered_steps(self._batch, gradients, learning_rate)
 
         def step() -> None:
             super(KFAC, self)._apply_weight_decay(trainable_variables)
             for index, variable in self._known.covered.items():
-                if id(variable) in steps:
-                    self._take(index, variable, steps[id(variable)])
+                if id(variable) in moves:
+                    self._take(index, variable, moves[id(variable)])
             if others:
                 self.fallback.apply(*zip(*others))
 
         ops.cond(accepted, step, lambda: None)
 
-    def _take(self, index: int, variable: keras.Variable, step: tf.Tensor) -> None:
-        step = tf.cast(step, variable.dtype)
-        if self._has_momentum:
-            self.model_variables[f"velocity.{index}"].assign(step)
-        variable.assign_add(step)
+    def _take(self, index: int, variable: keras.Variable, move: Move) -> None:
+        if not self._has_momentum:
+            variable.assign_add(tf.cast(move.total(), variable.dtype))
+            return
+        # velocity ← momentum velocity - rate direction, weights ← weights + velocity, in one pass.
+        rate, direction, momentum = (tf.cast(x, variable.dtype) for x in move[:3])
+        tf.raw_ops.ResourceApplyKerasMomentum(
+            var=variable.value.handle,
+            accum=self.model_variables[f"velocity.{index}"].value.handle,
+            lr=rate,
+            grad=direction,
+            momentum=momentum,
+        )
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Comes with the step: decoupled decay is no part of the model of the step."""

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
         return QuadraticModel(curvature, metric, gradient)
 
     def loss_change(self, variables: Sequence[keras.Variable], steps: Tensors) -> tf.Tensor:
-        """What the loss, with its regularisers, changes by if the variables step."""
+        """What the loss, with its regularisers, changes by if the variables step so."""
         new = {key: value + steps[key] for key, value in current_values(variables).items()}
         change = gauss_newton.loss_change(self.passes, self.loss, new)
         return change + penalty_change(variables, new)
@@ -99,12 +99,32 @@ class Proposal(NamedTuple):
     """Directions to combine into a step with the previous one.
 
     Attributes:
-        groups: Negative preconditioned gradients by `id` of the variable, for each group of layers.
-        products: Of each group's preconditioned gradient with the gradient, `[groups]`.
+        groups: Preconditioned gradients by `id` of the variable, for each group of layers.
+        products: Of each group's with the gradient, `[groups]`.
     """
 
     groups: Sequence[Tensors]
     products: tf.Tensor
+
+
+class Move(NamedTuple):
+    """The step of a variable, in its parts: `-rate * direction + momentum * previous`.
+
+    Passes over all weights are limited by memory: it is added up only where it must be.
+    """
+
+    rate: tf.Tensor
+    direction: tf.Tensor
+    momentum: tf.Tensor
+    previous: tf.Tensor
+
+    def total(self) -> tf.Tensor:
+        """The step as a tensor."""
+        return self.momentum * self.previous - self.rate * self.direction
+
+
+Moves: TypeAlias = Mapping[int, Move]
+"""By `id` of the variable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +165,16 @@ class Step:
         products = []
         for start, end in itertools.pairwise(bounds):
             parts = blocks[start:end]
-            groups.append({key: -d for directions, _ in parts for key, d in directions.items()})
+            groups.append({key: d for directions, _ in parts for key, d in directions.items()})
             products.append(tf.add_n([tf.cast(product, _SUM) for _, product in parts]))
         return Proposal(groups, tf.stack(products))
 
     def model(self, proposal: Proposal) -> QuadraticModel:
-        """The model of the loss along the new directions and the previous step."""
-        return self.batch.quadratic_model(self.variables, [*proposal.groups, self.previous])
+        """The model of the loss along the new directions, downhill, and the previous step."""
+        directions = [*proposal.groups, self.previous]
+        signs = tf.constant([-1.0] * len(proposal.groups) + [1.0], _SUM)
+        model = self.batch.quadratic_model(self.variables, directions)
+        return model.along(tf.linalg.diag(signs))
 
     def clip(self, proposal: Proposal, coefficients: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The KL clip.
@@ -165,18 +188,24 @@ class Step:
         scale = kl_clip_scale(proposal.products, new, self.kl_clip)
         return tf.concat([scale * new, coefficients[-1:]], axis=0), scale
 
-    def combine(self, proposal: Proposal, coefficients: tf.Tensor) -> Tensors:
+    def combine(self, proposal: Proposal, coefficients: tf.Tensor) -> Moves:
         """The step of each variable, given the coefficients of all directions."""
         *rates, momentum = tf.unstack(coefficients)
+
+        def move(rate: tf.Tensor, key: int, direction: tf.Tensor) -> Move:
+            previous = tf.cast(self.previous[key], direction.dtype)
+            numbers = [tf.cast(number, direction.dtype) for number in (rate, momentum)]
+            return Move(numbers[0], direction, numbers[1], previous)
+
         return {
-            key: tf.cast(rate, new.dtype) * new
-            + tf.cast(momentum, new.dtype) * tf.cast(self.previous[key], new.dtype)
+            key: move(rate, key, direction)
             for rate, group in zip(rates, proposal.groups)
-            for key, new in group.items()
+            for key, direction in group.items()
         }
 
-    def loss_change(self, steps: Tensors) -> tf.Tensor:
+    def loss_change(self, moves: Moves) -> tf.Tensor:
         """What the batch's loss changes by in a step; float64 scalar."""
+        steps = {key: move.total() for key, move in moves.items()}
         return self.batch.loss_change(self.variables, steps)
 
     def predicted(self, preconditioner_damping: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:

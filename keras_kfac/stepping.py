@@ -17,7 +17,7 @@ from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import reduction_ratio
 from keras_kfac.math.update_times import gap, is_due
 from keras_kfac.settings import value_at
-from keras_kfac.step import Batch, Proposal, Step, Tensors, group_count
+from keras_kfac.step import Batch, Moves, Proposal, Step, Tensors, group_count
 from keras_kfac.step_rule import StepRule
 
 
@@ -50,7 +50,7 @@ class SteppingOptimizer(AttachableOptimizer):
 
     def _covered_steps(
         self, batch: Batch, gradients: Tensors, learning_rate: Any
-    ) -> tuple[Tensors, tf.Tensor]:
+    ) -> tuple[Moves, tf.Tensor]:
         """The steps of the covered variables, and whether they are to be taken.
 
         Args:
@@ -66,13 +66,13 @@ class SteppingOptimizer(AttachableOptimizer):
         proposal = step.propose()
         model = step.model(proposal) if self.can_adapt else None
         coefficients = self._coefficients(step, proposal, model)
-        steps = step.combine(proposal, coefficients)
+        moves = step.combine(proposal, coefficients)
         if model is not None and self._damping_rule is not None:
             predicted = model.change(coefficients)
-            accepted = self._adapt_damping(self._damping_rule, predicted, step, steps)
+            accepted = self._adapt_damping(self._damping_rule, predicted, step, moves)
         if model is not None:
             self._step_rule.remember(model, coefficients, accepted)
-        return steps, accepted
+        return moves, accepted
 
     def _step(self, batch: Batch, gradients: Tensors, learning_rate: Any) -> Step:
         covered = [(i, v) for i, v in self._known.covered.items() if id(v) in gradients]
@@ -124,13 +124,13 @@ class SteppingOptimizer(AttachableOptimizer):
     # ---- Damping --------------------------------------------------------------------------------
 
     def _adapt_damping(
-        self, rule: LevenbergMarquardt, predicted: tf.Tensor, step: Step, steps: Tensors
+        self, rule: LevenbergMarquardt, predicted: tf.Tensor, step: Step, moves: Moves
     ) -> tf.Tensor:
         """Adapts the damping if it is time to; returns whether the step is accepted."""
         damping = self._damping.variable
 
         def adapt() -> tf.Tensor:
-            change = step.loss_change(steps)
+            change = step.loss_change(moves)
             ratio = reduction_ratio(change, predicted)
             scale = self._known.curvature.mean_eigenvalue()
             share = tf.convert_to_tensor(self.signal_share.value)

@@ -229,15 +229,19 @@ def check_attachable(model: Any) -> None:
     """Checks a model that hooks can be put on."""
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a `keras.Model`. Received: model={model!r}")
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    strategy = getattr(model, "distribute_strategy", None)
-    if strategy is not None:
-        replicas = max(replicas, strategy.num_replicas_in_sync)
-    if replicas > 1:
-        raise NotImplementedError(
-            "K-FAC does not support training on several replicas yet. Train on one device. "
-            f"Received: a distribution strategy with {replicas} replicas"
-        )
+    for strategy in (tf.distribute.get_strategy(), getattr(model, "distribute_strategy", None)):
+        if strategy is not None and _has_replicas(strategy):
+            raise NotImplementedError(
+                "K-FAC does not support training on several replicas yet. Train on one device, "
+                "without a distribution strategy or with `tf.distribute.OneDeviceStrategy`. "
+                f"Received: a {type(strategy).__name__} of {strategy.num_replicas_in_sync} replicas"
+            )
+
+
+def _has_replicas(strategy: tf.distribute.Strategy) -> bool:
+    """Whether variables are mirrored, if only on one device: that takes other ways to step them."""
+    kinds = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return strategy.num_replicas_in_sync > 1 or isinstance(strategy, kinds)
 
 
 def check_trainable(

@@ -238,14 +238,15 @@ def test_unknown_loss_trains_with_the_empirical_fisher(loss: Any) -> None:
     helpers.assert_all_finite(model)
 
 
-def test_several_replicas_are_refused(tmp_path: Path) -> None:
-    script = """
+@pytest.mark.parametrize("devices", [["CPU:0"], ["CPU:0", "CPU:1"]])
+def test_replicas_are_refused(devices: list[str]) -> None:
+    script = f"""
         import keras, numpy as np, tensorflow as tf
         (cpu,) = tf.config.list_physical_devices("CPU")
         half = tf.config.LogicalDeviceConfiguration()
         tf.config.set_logical_device_configuration(cpu, [half, half])
         from keras_kfac import KFAC, KFACCallback
-        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        with tf.distribute.MirroredStrategy({devices}).scope():
             model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
             model.compile(optimizer=KFAC(), loss="mse")
         try:
@@ -260,7 +261,17 @@ def test_several_replicas_are_refused(tmp_path: Path) -> None:
         cwd=Path(__file__).parent.parent,
         check=False,
     )
-    assert "REFUSED" in result.stdout and "2 replicas" in result.stdout, result.stderr[-2000:]
+    message = f"Received: a MirroredStrategy of {len(devices)} replicas"
+    assert "REFUSED" in result.stdout and message in result.stdout, result.stderr[-2000:]
+
+
+def test_one_device_strategy_trains() -> None:
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile(optimizer=KFAC(), loss="mse")
+    x = np.random.default_rng(0).normal(size=(32, 2))
+    losses = helpers.fit(model, (x, x.sum(axis=1)), epochs=5).history["loss"]
+    assert losses[-1] < losses[0] / 10
 
 
 # ---- Data and numbers ---------------------------------------------------------------------------
