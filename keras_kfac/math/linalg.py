@@ -125,10 +125,23 @@ def scaled_rows(gradient: Gradient, scale: tf.Tensor) -> Gradient:
 
 
 def inner_product(gradient: Gradient, direction: tf.Tensor) -> tf.Tensor:
-    """Sum of the elementwise product, scalar, in the dtype of the direction."""
+    """Sum of the elementwise product, scalar, in the dtype of the direction.
+
+    Large ones are limited by memory, so the elementwise product is not made as a tensor.
+
+    Example:
+    >>> float(inner_product(tf.constant([[1.0, 2.0]]), tf.constant([[3.0, 4.0]])))
+    11.0
+    """
+    if gradient is direction:
+        return 2 * tf.nn.l2_loss(direction)
     if isinstance(gradient, tf.IndexedSlices):
         gradient, direction = gradient.values, tf.gather(direction, gradient.indices)
-    return tf.reduce_sum(tf.cast(gradient, direction.dtype) * direction)
+    gradient = tf.cast(gradient, direction.dtype)
+    if direction.shape.rank < 2:
+        return tf.reduce_sum(gradient * direction)
+    rows = tf.matmul(gradient[..., tf.newaxis, :], direction[..., tf.newaxis])
+    return tf.reduce_sum(rows)
 
 
 def upper_triangle(size: int) -> list[tuple[int, int]]:
