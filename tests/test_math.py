@@ -200,6 +200,13 @@ class TestPreconditioning:
         assert np.isnan(inverse[1:]).all()
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4)])
+def test_inner_products(shape):
+    first, second = (tf.constant(RNG.normal(size=shape)) for _ in range(2))
+    assert_close(linalg.inner_product(first, second), np.sum(first * second), 1e-14)
+    assert_close(linalg.inner_product(first, first), np.sum(np.square(first)), 1e-14)
+
+
 class TestBlocks:
     """Factors in blocks are matrices that are zero outside of these."""
 
@@ -230,6 +237,13 @@ class TestBlocks:
         ]
         for inverse, expected in inverses:
             assert_close(preconditioned(inverse), expected.precondition(gradient), 1e-12)
+        pairs = linalg.RowPairs(*(tf.squeeze(r, axis=1) for r in rows))
+        inverse, expected = inverses[0]
+        result = inverse.precondition(structure.to_blocks(pairs, structures))
+        result = structure.from_blocks(result, structures)
+        if isinstance(result, linalg.RowPairs):
+            result = result.sum()
+        assert_close(result, expected.precondition(pairs.sum()), 1e-12)
         changes = [relative_change(*pair) for pair in zip(*inverses)]
         if all(s.size == s.blocks * s.block_size for s in structures):
             assert_close(*changes, 1e-10)

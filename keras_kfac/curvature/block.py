@@ -171,10 +171,9 @@ class KroneckerBlock:
         if not adapter.takes_slices:
             gradients = {key: tf.convert_to_tensor(value) for key, value in gradients.items()}
         matrix = adapter.to_matrix(gradients) if pairs is None else pairs
-        matrix = self._product(to_blocks(matrix, self._structures), inverse)
-        if isinstance(matrix, RowPairs):
-            matrix = matrix.sum()
-        directions = adapter.from_matrix(from_blocks(matrix, self._structures))
+        blocks = self._product(to_blocks(matrix, self._structures), inverse)
+        matrix = from_blocks(blocks, self._structures)
+        directions = adapter.from_matrix(matrix.sum() if isinstance(matrix, RowPairs) else matrix)
         products = [inner_product(gradients[key], value) for key, value in directions.items()]
         return directions, tf.add_n(products)
 

@@ -60,6 +60,11 @@ class Structure(NamedTuple):
         parts = tf.reshape(self.padded(rows, axis=1), [-1, self.blocks, self.block_size])
         return tf.transpose(parts, [1, 0, 2])
 
+    def joined(self, parts: tf.Tensor) -> tf.Tensor:
+        """Inverse of `parts`."""
+        rows = tf.reshape(tf.transpose(parts, [1, 0, 2]), [-1, self.blocks * self.block_size])
+        return rows[:, : self.size]
+
     def padded(self, matrix: tf.Tensor, axis: int) -> tf.Tensor:
         """A matrix of `size` rows or columns, with zeros for what the last block has too much."""
         missing = self.blocks * self.block_size - self.size
@@ -158,6 +163,8 @@ def from_blocks(blocks: Gradient, structures: Structures) -> Gradient:
     if not in_blocks(structures):
         return blocks
     rows, columns = structures
+    if isinstance(blocks, RowPairs):
+        return RowPairs(rows.joined(blocks.inputs[:, 0]), columns.joined(blocks.outputs[0]))
     shape = [rows.blocks * rows.block_size, columns.blocks * columns.block_size]
     matrix = tf.reshape(tf.transpose(blocks, [0, 2, 1, 3]), shape)
     return matrix[: rows.size, : columns.size]
