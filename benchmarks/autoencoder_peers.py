@@ -46,7 +46,7 @@ Factory = Callable[[float], keras.optimizers.Optimizer]
 optimizers = keras.optimizers
 RIVALS: dict[str, tuple[Factory, tuple[float, ...]]] = {
     "Adam": (optimizers.Adam, (1e-3, 3e-4, 5e-4, 2e-3, 3e-3)),
-    "Muon": (optimizers.Muon, (5e-3, 1e-3, 2e-3, 3e-3, 1e-2)),
+    "Muon": (optimizers.Muon, (5e-3, 1e-3, 2e-3, 3e-3, 1e-2, 2e-2)),
     "SGD, Nesterov momentum 0.9,": (
         lambda rate: optimizers.SGD(rate, 0.9, nesterov=True),
         (3e-3, 3e-4, 1e-3, 1e-2, 3e-2),
