@@ -200,7 +200,7 @@ class TestPreconditioning:
         assert np.isnan(inverse[1:]).all()
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4), (3, 600), (2, 2, 600)])
 def test_inner_products(shape):
     first, second = (tf.constant(RNG.normal(size=shape)) for _ in range(2))
     assert_close(linalg.inner_product(first, second), np.sum(first * second), 1e-14)

@@ -124,10 +124,14 @@ def scaled_rows(gradient: Gradient, scale: tf.Tensor) -> Gradient:
     return tf.IndexedSlices(gradient.values * scale, gradient.indices, gradient.dense_shape)
 
 
+# Rows of so many entries are worth a product each; of shorter ones there are too many.
+_LONG_ROW = 512
+
+
 def inner_product(gradient: Gradient, direction: tf.Tensor) -> tf.Tensor:
     """Sum of the elementwise product, scalar, in the dtype of the direction.
 
-    Large ones are limited by memory, so the elementwise product is not made as a tensor.
+    Large ones are limited by memory: the elementwise product is not made where that can be avoided.
 
     Example:
     >>> float(inner_product(tf.constant([[1.0, 2.0]]), tf.constant([[3.0, 4.0]])))
@@ -138,7 +142,7 @@ def inner_product(gradient: Gradient, direction: tf.Tensor) -> tf.Tensor:
     if isinstance(gradient, tf.IndexedSlices):
         gradient, direction = gradient.values, tf.gather(direction, gradient.indices)
     gradient = tf.cast(gradient, direction.dtype)
-    if direction.shape.rank < 2:
+    if direction.shape.rank < 2 or direction.shape[-1] < _LONG_ROW:
         return tf.reduce_sum(gradient * direction)
     rows = tf.matmul(gradient[..., tf.newaxis, :], direction[..., tf.newaxis])
     return tf.reduce_sum(rows)
