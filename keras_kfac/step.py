@@ -193,9 +193,10 @@ class Step:
         *rates, momentum = tf.unstack(coefficients)
 
         def move(rate: tf.Tensor, key: int, direction: tf.Tensor) -> Move:
-            previous = tf.cast(self.previous[key], direction.dtype)
-            numbers = [tf.cast(number, direction.dtype) for number in (rate, momentum)]
-            return Move(numbers[0], direction, numbers[1], previous)
+            rate, own_momentum, previous = (
+                tf.cast(x, direction.dtype) for x in (rate, momentum, self.previous[key])
+            )
+            return Move(rate, direction, own_momentum, previous)
 
         return {
             key: move(rate, key, direction)
