@@ -167,6 +167,7 @@ SCALES = [
     LayerCase("group", layers.GroupNormalization, {"groups": 2}, (3, 4)),
     LayerCase("instance", layers.GroupNormalization, {"groups": -1}, (2, 3, 3)),
     LayerCase("rms", layers.RMSNormalization, {}, (3, 4)),
+    LayerCase("rms-other-axis", layers.RMSNormalization, {"axis": 1}, (3, 3)),
     LayerCase("prelu", layers.PReLU, {}, (2, 3)),
     LayerCase("prelu-shared", layers.PReLU, {"shared_axes": [1, 2]}, (2, 2, 3)),
 ]

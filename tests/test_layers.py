@@ -1,13 +1,9 @@
 """Every adapted layer: its matrices are the layer, and its factors the Fisher matrix."""
 
-import inspect
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from keras_kfac import KFAC, RawWeightsAdapter, _keras_internals, register
 from keras_kfac.curvature.coverage import Coverage
@@ -16,23 +12,21 @@ from keras_kfac.introspection.adapters import DenseAdapter
 from keras_kfac.introspection.convolutions import TransposedKernelAdapter
 from keras_kfac.math import factors as kronecker_factors
 from tests import helpers
-from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, SCALES, LayerCase, factors
+from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, SCALES, factors
+from tests.oracle import (
+    adapted,
+    alone,
+    blocks_and_ggn,
+    check_equals_ggn,
+    check_examples_equal_ggn,
+    in_network,
+    random_inputs,
+)
 from tests.reference import assert_close, dense_ggn, kron, relative_difference
+from tests.strategies import HAS_GATES
 
 layers = keras.layers
 RNG = np.random.default_rng(0)
-
-
-def built(case, **config):
-    """A layer of a case, in a model of its own."""
-    keras.utils.set_random_seed(0)
-    layer = case.make(**config)
-    return keras.Sequential([keras.Input(case.input_shape, dtype="float64"), layer]), layer
-
-
-def adapt(layer, trained=lambda v: True):
-    (adapter,) = registry.adapt(layer, trained)
-    return adapter
 
 
 def for_all_rows(matrix):
@@ -49,8 +43,8 @@ SOME_LAYERS = [case for case in LAYERS if case.name in [*SOME, "einsum-grouped"]
 class TestLayer:
     def test_rows_times_matrix_is_the_layer(self, case):
         """Identity 1, with the homogeneous coordinate."""
-        model, layer = built(case)
-        adapter, x = adapt(layer), RNG.normal(size=(2, *case.input_shape))
+        model, layer = alone(case)
+        adapter, x = adapted(layer), RNG.normal(size=(2, *case.input_shape))
         matrix = adapter.to_matrix({id(v): v.value for v in adapter.variables})
         assert tuple(matrix.shape[-2:]) == adapter.dims
         product = tf.matmul(adapter.input_rows(tf.constant(x)), for_all_rows(matrix))
@@ -58,16 +52,17 @@ class TestLayer:
 
     def test_equals_ggn(self, case):
         """Identity 11a: with a target at each position and squared loss, blocks are exact."""
-        check_equals_ggn(*built(case))
+        model, layer = alone(case)
+        check_equals_ggn(model, [layer], random_inputs(model, 2))
 
 
 @pytest.mark.parametrize("trained", ["kernel", "bias"])
 @pytest.mark.parametrize("case", SOME_LAYERS, ids=str)
 class TestPartlyFrozenLayer:
     def test_matrix_round_trip(self, case, trained):
-        _, layer = built(case)
+        _, layer = alone(case)
         variable = getattr(layer, trained)
-        adapter = adapt(layer, lambda v: v is variable)
+        adapter = adapted(layer, lambda v: v is variable)
         gradients = {id(variable): tf.constant(RNG.normal(size=variable.shape))}
         matrix = adapter.to_matrix(gradients)
         assert tuple(matrix.shape[-2:]) == adapter.dims
@@ -76,39 +71,16 @@ class TestPartlyFrozenLayer:
 
     def test_equals_ggn(self, case, trained):
         """Identity 11a."""
-        model, layer = built(case)
+        model, layer = alone(case)
         freeze(layer.bias if trained == "kernel" else layer.kernel)
-        check_equals_ggn(model, layer)
-
-
-def check_equals_ggn(model, layer):
-    """That the blocks of a model of one layer are those of the GGN of a squared loss."""
-    for _, block, dense in blocks_and_ggn(model, layer):
-        assert_close(block, dense)
-
-
-def blocks_and_ggn(model, layer):
-    """Adapter, block and part of the GGN of a squared loss, for each block of a layer."""
-    x = RNG.normal(size=(2, *model.input_shape[1:]))
-    y = RNG.normal(size=model(x).shape)
-    loss = LOSS["mse"].make()
-    adapters = registry.adapt(layer, lambda v: v.trainable)
-    for adapter, (a, g) in zip(adapters, factors(model, loss, x)):
-        dense = dense_ggn(model, loss, x, y, adapter.variables, pfor=False)
-        entries = places(adapter)
-        assert sorted(entries.ravel()) == list(range(len(dense)))
-        if adapter.groups is None:
-            a, g, entries = a[None], g[None], entries[None]
-        for own, input_factor, output_factor in zip(entries, a, g):
-            index = own.ravel()
-            yield adapter, kron(input_factor, output_factor), dense[np.ix_(index, index)]
+        check_equals_ggn(model, [layer], random_inputs(model, 2))
 
 
 @pytest.mark.parametrize("case", COMPOSED_LAYERS, ids=str)
 def test_composed_layers_equal_the_ggn(case):
     """But for windows that overlap: the pixels of a transposed convolution then share outputs."""
-    model, layer = built(case)
-    for adapter, block, dense in blocks_and_ggn(model, layer):
+    model, layer = alone(case)
+    for adapter, block, dense in blocks_and_ggn(model, [layer], random_inputs(model, 2)):
         window = [(k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation_rate)]
         overlaps = any(reach >= step for reach, step in zip(window, layer.strides))
         if isinstance(adapter, TransposedKernelAdapter) and overlaps:
@@ -121,21 +93,10 @@ def freeze(variable):
     variable.trainable = False
 
 
-def places(adapter):
-    """Where each entry of the matrix is among the flattened variables, one after the other."""
-    sizes = [int(np.prod(v.shape)) for v in adapter.variables]
-    starts = np.cumsum([0, *sizes[:-1]])
-    numbers = {
-        id(v): tf.reshape(tf.range(start, start + size), v.shape)
-        for v, start, size in zip(adapter.variables, starts, sizes)
-    }
-    return adapter.to_matrix(numbers).numpy()
-
-
 def test_bias_corner_of_the_input_factor_is_one():
     for case in LAYERS:
-        _, layer = built(case)
-        adapter = adapt(layer)
+        _, layer = alone(case)
+        adapter = adapted(layer)
         if adapter.bias is not None:
             rows = adapter.input_rows(tf.constant(RNG.normal(size=(2, *case.input_shape))))
             moment, weight = kronecker_factors.input_moment(rows)
@@ -146,7 +107,7 @@ def test_bias_corner_of_the_input_factor_is_one():
 class TestAnyLayer:
     def test_gradients_are_products_of_rows(self, case):
         """The gradient of a kernel is the sum over positions of input rows times gradients."""
-        model, layer = built(case)
+        model, layer = alone(case)
         x = tf.constant(RNG.normal(size=(2, *case.input_shape)))
         adapters = registry.adapt(layer, lambda v: True)
         assert {id(v) for a in adapters for v in a.variables} == {id(v) for v in layer.weights}
@@ -169,10 +130,10 @@ class TestAnyLayer:
         """Models that build their layers in the first step are recorded in that step."""
         classes, reason = registry.find_adapters(case.make())
         assert reason == ""
-        assert classes == registry.find_adapters(built(case)[1])[0]
+        assert classes == registry.find_adapters(alone(case)[1])[0]
 
     def test_matrices_go_back_to_tensors(self, case):
-        _, layer = built(case)
+        _, layer = alone(case)
         for adapter in registry.adapt(layer, lambda v: True):
             values = {id(v): tf.constant(RNG.normal(size=v.shape)) for v in adapter.variables}
             back = adapter.from_matrix(adapter.to_matrix(values))
@@ -182,7 +143,7 @@ class TestAnyLayer:
 
     def test_trains(self, case):
         """A step of the whole optimizer, of all weights of the layer."""
-        model, _ = built(case)
+        model, _ = alone(case)
         x = RNG.normal(size=(8, *case.input_shape))
         y = RNG.normal(size=model(x).shape)
         before = model.get_weights()
@@ -191,24 +152,6 @@ class TestAnyLayer:
         assert [row.block for row in model.optimizer.coverage()] == ["kronecker"]
         for old, new in zip(before, model.get_weights()):
             assert np.isfinite(new).all() and np.abs(new - old).max() > 0
-
-
-def scaled_network(case):
-    """A layer of few weights in the midst of a network that is not linear."""
-    keras.utils.set_random_seed(0)
-    layer = case.make()
-    model = keras.Sequential(
-        [
-            keras.Input(case.input_shape, dtype="float64"),
-            layers.Dense(case.input_shape[-1], "tanh", dtype="float64"),
-            layer,
-            layers.Dense(3, "tanh", dtype="float64"),
-            layers.Dense(2, dtype="float64"),
-        ]
-    )
-    for variable in layer.trainable_weights:  # Neither 0 nor 1.
-        variable.assign(RNG.uniform(0.5, 1.5, variable.shape))
-    return model, layer
 
 
 class TestScalesAndOffsets:
@@ -222,31 +165,17 @@ class TestScalesAndOffsets:
     @pytest.mark.parametrize("case", SCALES, ids=str)
     def test_equal_the_ggn(self, case, is_full, frozen, monkeypatch):
         monkeypatch.setattr(per_example, "MAX_FULL_BLOCK", 256 if is_full else 0)
-        model, layer = scaled_network(case)
+        model, layer = in_network(case)
         if frozen is not None:
             if len(layer.trainable_weights) < 2:
                 pytest.skip("the layer has one weight")
             freeze(layer.trainable_weights[frozen])
-        adapter = adapt(layer, lambda v: v.trainable)
-        assert adapter.block == ("full" if is_full else "diagonal")
-        x = RNG.normal(size=(4, *case.input_shape))
-        y = RNG.normal(size=model(x).shape)
-        loss = LOSS["mse"].make()
-        before = model.get_weights()
-        statistics = factors(model, loss, x)[1]
-        model.set_weights(before)  # Renormalisation depends on moving statistics.
-        dense = dense_ggn(model, loss, x, y, adapter.variables, pfor=False)
-        np.testing.assert_array_equal(
-            statistics.input_factor, np.ones_like(statistics.input_factor)
-        )
-        if is_full:
-            assert_close(statistics.output_factor, dense)
-        else:
-            assert_close(np.ravel(statistics.output_factor), np.diag(dense))
+        assert adapted(layer).block == ("full" if is_full else "diagonal")
+        check_examples_equal_ggn(model, layer, random_inputs(model, 4))
 
     @pytest.mark.parametrize("case", SCALES, ids=str)
     def test_matrices_go_back_to_tensors(self, case):
-        adapter = adapt(scaled_network(case)[1], lambda v: v.trainable)
+        adapter = adapted(in_network(case)[1])
         values = {id(v): tf.constant(RNG.normal(size=v.shape)) for v in adapter.variables}
         matrix = adapter.to_matrix(values)
         assert tuple(matrix.shape[-2:]) == adapter.dims
@@ -260,7 +189,7 @@ class TestScalesAndOffsets:
     def test_trains(self, name, is_full, monkeypatch):
         (case,) = [case for case in SCALES if case.name == name]
         monkeypatch.setattr(per_example, "MAX_FULL_BLOCK", 256 if is_full else 0)
-        model, layer = scaled_network(case)
+        model, layer = in_network(case)
         x = RNG.normal(size=(8, *case.input_shape))
         y = RNG.normal(size=model(x).shape)
         before = [v.numpy() for v in layer.trainable_weights]
@@ -279,7 +208,7 @@ def test_normalization_over_the_batch_is_refused():
 
 
 def test_observing_a_normalization_leaves_its_statistics_alone():
-    model, layer = scaled_network(next(c for c in SCALES if c.name == "batch"))
+    model, layer = in_network(next(c for c in SCALES if c.name == "batch"))
     x = RNG.normal(size=(4, *model.input_shape[1:]))
     once = layer.moving_mean.numpy() * 0.99
     factors(model, LOSS["mse"].make(), x)
@@ -446,7 +375,7 @@ class TestLargeLayers:
 
     def test_blocks_are_those_of_the_matrices(self, monkeypatch):
         monkeypatch.setattr(adapters, "MAX_FACTOR_SIZE", 4)
-        model, _ = built(LAYERS[0])
+        model, _ = alone(LAYERS[0])
         x, loss = RNG.normal(size=(3, 5)), LOSS["mse"].make()
         weights = np.array([1.0, 0.0, 2.0])
         (coarse,) = factors(model, loss, x, sample_weight=weights)
@@ -462,7 +391,7 @@ class TestLargeLayers:
         assert_close(coarser.output_factor[1], np.diag([g[2, 2], 0]), 1e-14)
 
     def test_trains_and_says_so(self):
-        model, _ = built(LAYERS[0])
+        model, _ = alone(LAYERS[0])
         optimizer = KFAC(max_factor_size=4)
         model = helpers.compiled(model, optimizer, keras.losses.MeanSquaredError())
         x = RNG.normal(size=(32, 5))
@@ -474,7 +403,7 @@ class TestLargeLayers:
 
     def test_of_a_single_row_are_damped(self):
         """A 1 x 1 factor is not; blocks of one row each are no such factor."""
-        model, _ = built(LAYERS[0])
+        model, _ = alone(LAYERS[0])
         optimizer = KFAC(max_factor_size=1, damping=0.1)
         model = helpers.compiled(model, optimizer, keras.losses.MeanSquaredError())
         x = RNG.normal(size=(32, 5)) * [0, 1, 1, 1, 1]
@@ -539,7 +468,6 @@ ATTENTION = {
     "gated": lambda: layers.MultiHeadAttention(2, 3, use_gate=True, dtype="float64"),
     "gated-grouped": lambda: layers.GroupQueryAttention(3, 4, 2, use_gate=True, dtype="float64"),
 }
-HAS_GATES = "use_gate" in inspect.signature(layers.MultiHeadAttention).parameters
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -559,69 +487,10 @@ def test_projections_of_attention_are_their_matrices(name):
     with forward_pass.recording(projections) as recorded:
         attention(x, x)
     for layer in projections:
-        adapter, (call,) = adapt(layer), recorded.calls[id(layer)]
+        adapter, (call,) = adapted(layer), recorded.calls[id(layer)]
         matrix = adapter.to_matrix({id(v): v.value for v in adapter.variables})
         product = tf.matmul(adapter.input_rows(call.inputs), matrix)
         assert_close(product, adapter.output_rows(call.outputs), 1e-12)
-
-
-@st.composite
-def convolutions(draw):
-    """A convolution of any kind that TensorFlow runs, small."""
-    rank = draw(st.integers(1, 3))
-    largest = {1: 4, 2: 3, 3: 2}[rank]
-    each = st.lists(st.integers(1, largest), min_size=rank, max_size=rank)
-    window, steps = draw(each), draw(each)
-    config = {"kernel_size": window, "use_bias": draw(st.booleans())}
-    # TensorFlow strides or dilates, not both.
-    config[draw(st.sampled_from(["strides", "dilation_rate"]))] = steps
-    config["padding"] = draw(st.sampled_from(["same", "valid"] + ["causal"] * (rank == 1)))
-    reach = [(size - 1) * step + 1 for size, step in zip(window, steps)]
-    sizes = [draw(st.integers(r, r + 2)) for r in reach]
-    channels = draw(st.integers(1, 3))
-    if rank < 3 and config["padding"] != "causal" and draw(st.booleans()):
-        config["depth_multiplier"] = draw(st.integers(1, 2))
-        config = {k: v if k != "strides" else [v[0]] * rank for k, v in config.items()}
-        layer_class = getattr(layers, f"DepthwiseConv{rank}D")
-    else:
-        groups = draw(st.integers(1, 2))
-        channels *= groups
-        config |= {"filters": groups * draw(st.integers(1, 2)), "groups": groups}
-        layer_class = getattr(layers, f"Conv{rank}D")
-    return LayerCase("drawn", layer_class, config, (*sizes, channels))
-
-
-@st.composite
-def einsums(draw):
-    """An einsum of axes in any order, the batch first in inputs and outputs."""
-    counts = [draw(st.integers(low, 2)) for low in (0, 0, 0, 0)]
-    letters = iter("bcdefghij")
-    groups, features, units, positions = (
-        "".join(next(letters) for _ in range(count)) for count in counts
-    )
-    features = features or ("" if groups else next(letters))
-    units = units or ("" if groups + positions else next(letters))
-    sizes = {letter: draw(st.integers(1, 3)) for letter in groups + features + units + positions}
-
-    def mixed(axes):
-        return "".join(draw(st.permutations(axes)))
-
-    inputs, kernel = mixed(groups + features + positions), mixed(groups + features + units)
-    outputs = mixed(groups + units + positions)
-    has_bias = bool(groups + units) and draw(st.booleans())
-    config = {
-        "equation": f"a{inputs},{kernel}->a{outputs}",
-        "output_shape": [sizes[letter] for letter in outputs],
-        "bias_axes": mixed(groups + units) if has_bias else None,
-    }
-    shape = tuple(sizes[letter] for letter in inputs)
-    return LayerCase("drawn", layers.EinsumDense, config, shape)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(case=st.one_of(convolutions(), einsums()))
-def test_drawn_layers_equal_the_ggn(case):
-    check_equals_ggn(*built(case))
 
 
 class TestRefused:

@@ -4,12 +4,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from keras_kfac import KFAC, _keras_internals
 from keras_kfac.introspection import forward_pass, registry, replay
-from tests import helpers
-from tests.cases import LOSS, factors, mlp
-from tests.reference import assert_close, dense_ggn, kron
+from tests import helpers, strategies
+from tests.cases import mlp
+from tests.oracle import check_equals_ggn
+from tests.reference import assert_close
 
 layers = keras.layers
 RNG = np.random.default_rng(0)
@@ -72,18 +75,10 @@ def recorded_call(layer, x, **kwargs):
     return call, gradient, vector
 
 
-@pytest.mark.parametrize(
-    ("option", "masked"),
-    [*((option, False) for option in OPTIONS), ("last", True), ("backwards-sequences", True)],
-)
-@pytest.mark.parametrize("name", LAYERS)
-def test_gradients_are_products_of_rows(name, option, masked):
+def check_gradients_are_products_of_rows(layer, x, **kwargs):
     """The gradient of all weights is the sum over steps of input rows times output rows."""
-    keras.utils.set_random_seed(0)
-    layer, x = LAYERS[name](**OPTIONS[option]), tf.constant(inputs_for(name, 2))
-    kwargs = {"mask": tf.constant([[True] * 4, [True, False, True, False]])} if masked else {}
     layer(x)
-    kwargs["initial_state"] = random_like(layer.get_initial_state(2))
+    kwargs["initial_state"] = random_like(layer.get_initial_state(len(x)))
     call, gradient, vector = recorded_call(layer, x, **kwargs)
     adapters = adapters_of(layer)
     covered = [id(v) for a in adapters for v in a.variables]
@@ -102,6 +97,32 @@ def test_gradients_are_products_of_rows(name, option, masked):
         first = tf.nest.map_structure(lambda g: g[:1], gradient)
         part = adapter.output_rows(first, inputs[:1], states[:1], back)
         np.testing.assert_array_equal(part, tf.gather(rows, [0], axis=rows.shape.rank - 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "masked"),
+    [
+        *((name, "backwards-sequences", True) for name in LAYERS),
+        *((name, o, False) for name in ("lstm", "gru", "conv-lstm-strided") for o in OPTIONS),
+    ],
+)
+def test_gradients_are_products_of_rows(name, option, masked):
+    keras.utils.set_random_seed(0)
+    layer, x = LAYERS[name](**OPTIONS[option]), tf.constant(inputs_for(name, 2))
+    kwargs = {"mask": tf.constant([[True] * 4, [True, False, True, False]])} if masked else {}
+    check_gradients_are_products_of_rows(layer, x, **kwargs)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    make=strategies.recurrent(),
+    mask=st.none() | st.lists(st.booleans(), min_size=3, max_size=3),
+)
+def test_gradients_of_drawn_layers_are_products_of_rows(make, mask):
+    keras.utils.set_random_seed(0)
+    kwargs = {} if mask is None else {"mask": tf.constant([[True] * 3, mask])}
+    x = tf.constant(RNG.normal(size=(2, 3, 3)))
+    check_gradients_are_products_of_rows(make(), x, **kwargs)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -132,18 +153,7 @@ def test_one_step_of_one_example_equals_the_ggn(name):
     outputs = layers.Dense(2, dtype="float64")(layers.Flatten()(layer(*inputs)))
     model = keras.Model(inputs, outputs)
     data = [data, state]
-    y, loss = RNG.normal(size=(1, 2)), LOSS["mse"].make()
-    adapters = adapters_of(layer)
-    for adapter, (a, g) in zip(adapters, factors(model, loss, data, layers=[layer])):
-        dense = dense_ggn(model, loss, data, y, adapter.variables)
-        if adapter.groups is None:
-            assert_close(kron(a, g), dense)
-            continue
-        size = adapter.groups * adapter.dims[1]
-        for group in range(adapter.groups):
-            columns = range(group * adapter.dims[1], (group + 1) * adapter.dims[1])
-            index = [row * size + column for row in range(adapter.dims[0]) for column in columns]
-            assert_close(kron(a[group], g[group]), dense[np.ix_(index, index)])
+    check_equals_ggn(model, [layer], data)
 
 
 @pytest.mark.parametrize("trained", ["kernel", "recurrent_kernel", "bias"])

@@ -270,6 +270,24 @@ def test_accumulating_micro_batches_equals_one_large_batch(kwargs: dict[str, Any
     helpers.assert_same(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_micro_batches_equal_one_large_batch_for_many_steps(fisher: str) -> None:
+    """Identity 8: thirty steps of four micro-batches of 6 are those of batches of 24."""
+    models = []
+    with helpers.precision("float64"):
+        for micro_steps in (None, 4):
+            optimizer = helpers.kfac(fisher=fisher, gradient_accumulation_steps=micro_steps)
+            model = helpers.compiled(helpers.cnn(), optimizer)
+            data = helpers.images(24 * 5)
+            helpers.fit(model, data, epochs=6, batch_size=24 // (micro_steps or 1))
+            assert int(optimizer.iterations) == 30
+            models.append(model)
+    once, accumulated = models
+    helpers.assert_same(helpers.weights(accumulated), helpers.weights(once), rtol=1e-9, atol=1e-12)
+    actual, expected = (helpers.factors(m.optimizer) for m in (accumulated, once))
+    helpers.assert_same(actual, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 def test_loss_scale_changes_neither_factors_nor_weights(fisher: str) -> None:
     runs = []

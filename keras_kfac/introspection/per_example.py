@@ -117,9 +117,13 @@ class NormalizationAdapter(PerExampleAdapter):
 
     def example_gradients(self, gradients: tf.Tensor, *observed: Any) -> Gradients:
         """Gradients of scale and offset for each example."""
-        axes = {axis % gradients.shape.rank for axis in tf.nest.flatten(self.layer.axis)}
+        axes = self._axes(gradients.shape.rank)
         parts = [(self._scale, gradients * observed[0]), (self._offset, gradients)]
         return {id(v): sum_over_others(part, axes) for v, part in parts if v is not None}
+
+    def _axes(self, rank: int) -> set[int]:
+        """The axes along which there are weights."""
+        return {axis % rank for axis in tf.nest.flatten(self.layer.axis)}
 
     @property
     def _scale(self) -> keras.Variable | None:
@@ -134,6 +138,10 @@ class RMSNormalizationAdapter(NormalizationAdapter):
     """`keras.layers.RMSNormalization`, which calls its scale so and has no offset."""
 
     scale_name, offset_name = "scale", ""
+
+    def _axes(self, rank: int) -> set[int]:
+        # Keras multiplies by the scale along the last axes, whichever it normalises.
+        return set(range(rank - len(tf.nest.flatten(self.layer.axis)), rank))
 
 
 class PReLUAdapter(PerExampleAdapter):
