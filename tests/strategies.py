@@ -83,14 +83,14 @@ def transposed_convolutions(draw):
 @st.composite
 def einsums(draw):
     """An einsum of axes in any order, the batch first in inputs and outputs."""
-    counts = [draw(st.integers(low, 2)) for low in (0, 0, 0, 0)]
+    counts = [draw(st.integers(0, 2)) for _ in range(4)]
     letters = iter("bcdefghij")
     groups, features, units, positions = (
         "".join(next(letters) for _ in range(count)) for count in counts
     )
     features = features or ("" if groups else next(letters))
     units = units or ("" if groups + positions else next(letters))
-    sizes = {letter: draw(st.integers(1, 3)) for letter in groups + features + units + positions}
+    sizes = {letter: draw(_few) for letter in groups + features + units + positions}
 
     def mixed(axes):
         return "".join(draw(st.permutations(axes)))
@@ -103,8 +103,7 @@ def einsums(draw):
         "output_shape": [sizes[letter] for letter in outputs],
         "bias_axes": mixed(groups + units) if has_bias else None,
     }
-    shape = tuple(sizes[letter] for letter in inputs)
-    return LayerCase("drawn", layers.EinsumDense, config, shape)
+    return _case(layers.EinsumDense, config, (sizes[letter] for letter in inputs))
 
 
 @st.composite
