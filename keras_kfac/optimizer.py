@@ -240,13 +240,13 @@ class KFAC(SteppingOptimizer):
     def _unscaled(
         self, grads: Sequence[Any], variables: Sequence[keras.Variable]
     ) -> dict[int, tf.Tensor]:
-        scale = 1 / (self.loss_scale_factor or 1.0)
-        covered = {self._get_variable_index(v): g for g, v in zip(grads, variables)}
-        return {
-            id(variable): scaled_rows(covered[index], tf.constant(scale, variable.dtype))
-            for index, variable in self._known.covered.items()
-            if covered.get(index) is not None
-        }
+        by_index = {self._get_variable_index(v): g for g, v in zip(grads, variables)}
+        covered = {id(v): (v, by_index.get(i)) for i, v in self._known.covered.items()}
+        present = {key: (v, g) for key, (v, g) in covered.items() if g is not None}
+        if not self.loss_scale_factor:
+            return {key: g for key, (_, g) in present.items()}
+        scale = 1 / self.loss_scale_factor
+        return {key: scaled_rows(g, tf.constant(scale, v.dtype)) for key, (v, g) in present.items()}
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any

@@ -48,9 +48,18 @@ class Batch(NamedTuple):
     gradients: Tensors
 
     def quadratic_model(
-        self, variables: Sequence[keras.Variable], directions: Sequence[Tensors]
+        self,
+        variables: Sequence[keras.Variable],
+        directions: Sequence[Tensors],
+        slopes: Sequence[tf.Tensor] = (),
     ) -> QuadraticModel:
-        """The model of the loss, with its L2 regularisers, along the given directions."""
+        """The model of the loss, with its L2 regularisers, along the given directions.
+
+        Args:
+            variables: Those that the directions move.
+            directions: By `id` of the variable.
+            slopes: Products of the first directions with the gradient, where these are known.
+        """
         weights = current_values(variables)
         curvature = gauss_newton.products(self.passes, self.loss, weights, directions, MODEL_PART)
         l2 = {id(v): coefficient for v in variables if (coefficient := l2_coefficient(v))}
@@ -58,7 +67,8 @@ class Batch(NamedTuple):
             scaled = [{k: c * d[k] for k, c in l2.items() if k in d} for d in directions]
             curvature += _dots(directions, scaled)
         metric = _dots(directions, directions)
-        gradient = tf.stack([_dot(self.gradients, direction) for direction in directions])
+        others = [_dot(self.gradients, direction) for direction in directions[len(slopes) :]]
+        gradient = tf.stack([*slopes, *others])
         return QuadraticModel(curvature, metric, gradient)
 
     def loss_change(self, variables: Sequence[keras.Variable], steps: Tensors) -> tf.Tensor:
@@ -173,7 +183,10 @@ class Step:
         """The model of the loss along the new directions, downhill, and the previous step."""
         directions = [*proposal.groups, self.previous]
         signs = tf.constant([-1.0] * len(proposal.groups) + [1.0], _SUM)
-        model = self.batch.quadratic_model(self.variables, directions)
+        # Products are with what was preconditioned, which clipping may have changed.
+        is_same = all(g is self.batch.gradients[key] for key, g in self.gradients.items())
+        slopes = tf.unstack(proposal.products) if is_same else ()
+        model = self.batch.quadratic_model(self.variables, directions, slopes)
         return model.along(tf.linalg.diag(signs))
 
     def clip(self, proposal: Proposal, coefficients: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -147,9 +147,9 @@ class KroneckerBlock:
         Both are multiplied by one random vector: what differs does so there, but for bad luck, and
         a vector costs nothing.
         """
-        matrix = self.adapter.to_matrix(gradients)
-        probe = tf.random.stateless_normal([matrix.shape[-1], 1], _PROBE, dtype=matrix.dtype)
-        expected = tf.matmul(matrix, probe)
+        parts = self.adapter.row_blocks(gradients)
+        probe = tf.random.stateless_normal([parts[0].shape[-1], 1], _PROBE, dtype=parts[0].dtype)
+        expected = tf.concat([tf.matmul(part, probe) for part in parts], axis=-2)
         actual = tf.matmul(pairs.inputs, tf.matmul(pairs.outputs, probe), transpose_a=True)
         rest = tf.reduce_sum(tf.square(actual - expected))
         return rest <= _ROUNDING**2 * tf.reduce_sum(tf.square(expected))
@@ -173,7 +173,7 @@ class KroneckerBlock:
         matrix = adapter.to_matrix(gradients) if pairs is None else pairs
         blocks = self._product(to_blocks(matrix, self._structures), inverse)
         matrix = from_blocks(blocks, self._structures)
-        directions = adapter.from_matrix(matrix.sum() if isinstance(matrix, RowPairs) else matrix)
+        directions = adapter.from_matrix(matrix)
         products = [inner_product(gradients[key], value) for key, value in directions.items()]
         return directions, tf.add_n(products)
 

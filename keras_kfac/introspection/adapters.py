@@ -17,6 +17,7 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
+from keras_kfac.math.linalg import RowPairs, some_rows
 from keras_kfac.math.structure import Structure, Structures
 
 Gradients = dict[int, tf.Tensor]
@@ -175,6 +176,10 @@ class LayerAdapter(abc.ABC):
     def to_matrix(self, gradients: Gradients) -> tf.Tensor:
         """Joins the gradients of the variables into `[..., d_in, d_out]`."""
 
+    def row_blocks(self, gradients: Gradients) -> list[tf.Tensor]:
+        """What `to_matrix` joins, one above the other, where it joins rows."""
+        return [self.to_matrix(gradients)]
+
     @abc.abstractmethod
     def from_matrix(self, matrix: tf.Tensor) -> Gradients:
         """Inverse of `to_matrix`."""
@@ -265,21 +270,26 @@ class AffineAdapter(LayerAdapter):
 
     def to_matrix(self, gradients: Gradients) -> tf.Tensor:
         """Joins kernel and bias gradients into `[..., d_in, d_out]`."""
+        parts = self.row_blocks(gradients)
+        return parts[0] if len(parts) == 1 else tf.concat(parts, axis=-2)
+
+    def row_blocks(self, gradients: Gradients) -> list[tf.Tensor]:
+        """That of the kernel, and that of the bias."""
         parts = []
         if self.kernel is not None:
             parts.append(self.kernel_matrix(gradients[id(self.kernel)]))
         if self.bias is not None:
             parts.append(self.bias_row(gradients[id(self.bias)]))
-        return parts[0] if len(parts) == 1 else tf.concat(parts, axis=-2)
+        return parts
 
-    def from_matrix(self, matrix: tf.Tensor) -> Gradients:
-        """Inverse of `to_matrix`."""
-        result = {}
+    def from_matrix(self, matrix: tf.Tensor | RowPairs) -> Gradients:
+        """Inverse of `to_matrix`; of one that is not added up yet, too."""
+        rows, result = self.dims[0], {}
         if self.bias is not None:
-            result[id(self.bias)] = self.bias_tensor(matrix[..., -1:, :])
+            result[id(self.bias)] = self.bias_tensor(some_rows(matrix, slice(rows - 1, rows)))
         if self.kernel is not None:
-            rows = matrix[..., : self.kernel_dims[0], :]
-            result[id(self.kernel)] = self.kernel_tensor(rows)
+            kernel = some_rows(matrix, slice(self.kernel_dims[0]))
+            result[id(self.kernel)] = self.kernel_tensor(kernel)
         return result
 
     # Most kernels end in the output channels; those of a group lie side by side.

@@ -124,6 +124,19 @@ def scaled_rows(gradient: Gradient, scale: tf.Tensor) -> Gradient:
     return tf.IndexedSlices(gradient.values * scale, gradient.indices, gradient.dense_shape)
 
 
+def some_rows(gradient: tf.Tensor | RowPairs, rows: slice) -> tf.Tensor:
+    """Some rows of a gradient, as a matrix.
+
+    Example:
+    >>> pairs = RowPairs(tf.constant([[1.0, 2.0]]), tf.constant([[3.0]]))
+    >>> some_rows(pairs, slice(1, 2)).numpy().tolist()
+    [[6.0]]
+    """
+    if isinstance(gradient, RowPairs):
+        return gradient._replace(inputs=gradient.inputs[..., rows]).sum()
+    return gradient[..., rows, :]
+
+
 # Rows of so many entries are worth a product each; of shorter ones there are too many.
 _LONG_ROW = 512
 
