@@ -26,7 +26,7 @@ Tensors = Mapping[int, tf.Tensor]
 # The model takes its curvature on this part of the batch, if that is enough: its noise is small
 # beside that of the gradient, and forward-mode products cost as much as forward passes. Rows of a
 # sequence count, for each is a term of the loss, but those of one example resemble each other.
-MODEL_PART = BatchPart(1 / 16, min_rows=32, min_examples=2)
+MODEL_PART = BatchPart(1 / 32, min_rows=16, min_examples=2)
 
 # Layers form at most so many groups, each with a learning rate of its own relative to the others.
 # Each costs a forward-mode product. Found by trial: see docs/step-control.md.
