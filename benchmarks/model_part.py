@@ -25,7 +25,10 @@ NAMES = [name for name, problem in PROBLEMS.items() if problem.data != "source"]
 
 def report(result: dict) -> str:
     """Losses of all seeds at the end of the time, and what a step takes."""
-    lines = ["| problem | part, rows at least | loss at the end | steps | ms per step |", "|---|---|---|---|---|"]
+    lines = [
+        "| problem | part, rows at least | loss at the end | steps | ms per step |",
+        "|---|---|---|---|---|",
+    ]
     for name in NAMES:
         for fraction, rows in PARTS:
             key = name, fraction, rows
@@ -35,7 +38,9 @@ def report(result: dict) -> str:
             losses = ", ".join(f"{final_loss(r):.4f}" for r in runs)
             steps = ", ".join(str(r["curve"][-1][1]) for r in runs)
             cost = statistics.median(map(milliseconds_per_step, runs))
-            lines.append(f"| {name} | 1/{1 / fraction:.0f}, {rows} | {losses} | {steps} | {cost:.1f} |")
+            lines.append(
+                f"| {name} | 1/{1 / fraction:.0f}, {rows} | {losses} | {steps} | {cost:.1f} |"
+            )
     return "\n".join(lines)
 
 

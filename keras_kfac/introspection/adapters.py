@@ -26,7 +26,7 @@ Gradients = dict[int, tf.Tensor]
 # A factor of more rows than this is kept in blocks on its diagonal, unless a user says otherwise:
 # inverting it would hold up a step, and preconditioning by it all steps. 2048 and a bias are not
 # split. Chosen by benchmarks/factor_size.py.
-MAX_FACTOR_SIZE = 2304
+MAX_FACTOR_SIZE = 576
 
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
