@@ -4,9 +4,9 @@
 
 Same network, weights and batch of 1000 images. `KFAC()` at its settled schedule against kfac-jax at
 its default one (factors every step, inverses every fifth), and both with the same work: the periods
-of kfac-jax, statistics and quadratic model on the whole batch, one learning rate for all layers. In
-every turn each makes some steps while the others wait. Every step is written to a JSON file with
-the environment; `--report` prints the table in docs/speed.md.
+of kfac-jax, whole factors, statistics and quadratic model on the whole batch, one learning rate for
+all layers. In every turn each makes some steps while the others wait. Every step is written to a
+JSON file with the environment; `--report` prints the table in docs/speed.md.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def own_steps(optimizer: KFAC) -> Steps:
 
 def same_work_steps() -> Steps:
     """Those of our optimizer if it does in a step what kfac-jax does."""
-    factors, inverses = DEFAULT_PERIODS
+    periods = dict(zip(("factor_update_period", "inverse_update_period"), DEFAULT_PERIODS))
     with ExitStack() as stack:  # While the step is traced.
         for place, value in (
             ("keras_kfac.step.MODEL_PART", WHOLE),
@@ -53,7 +53,7 @@ def same_work_steps() -> Steps:
             ("keras_kfac.introspection.statistics.SAMPLED_PART", WHOLE),
         ):
             stack.enter_context(mock.patch(place, value))
-        return own_steps(KFAC(factor_update_period=factors, inverse_update_period=inverses))
+        return own_steps(KFAC(**periods, max_factor_size=2304))  # No factor is in blocks.
 
 
 @contextmanager

@@ -24,7 +24,7 @@ Gradients = dict[int, tf.Tensor]
 """Gradients (or directions) of a layer's variables, by `id` of the variable."""
 
 # A factor of more rows than this is kept in blocks on its diagonal, unless a user says otherwise:
-# inverting it would hold up a step, and preconditioning by it all steps. 2048 and a bias are not
+# inverting it would hold up a step, and preconditioning by it all steps. 512 and a bias are not
 # split. Chosen by benchmarks/factor_size.py.
 MAX_FACTOR_SIZE = 576
 
