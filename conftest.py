@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_probability as tfp
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,7 @@ def _doctest_names(doctest_namespace) -> None:
             "keras": keras,
             "np": np,
             "tf": tf,
+            "tfp": tfp,
             **{n: getattr(keras_kfac, n) for n in keras_kfac.__all__ if n[0] != "_"},
         }
     )

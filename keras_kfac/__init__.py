@@ -5,7 +5,9 @@ from keras_kfac.batches import growing_batches
 from keras_kfac.callbacks import KFACCallback
 from keras_kfac.curvature.coverage import Coverage, CoverageRow
 from keras_kfac.damping import LevenbergMarquardt
+from keras_kfac.fisher_matrix import FisherMatrix
 from keras_kfac.introspection.adapters import AffineAdapter
+from keras_kfac.introspection.negative_log_likelihood import NegativeLogLikelihood
 from keras_kfac.introspection.per_example import PerExampleAdapter, RawWeightsAdapter
 from keras_kfac.introspection.registry import register
 from keras_kfac.optimizer import KFAC
@@ -18,8 +20,10 @@ __all__ = [
     "Coverage",
     "CoverageRow",
     "DampingOnPlateau",
+    "FisherMatrix",
     "KFACCallback",
     "LevenbergMarquardt",
+    "NegativeLogLikelihood",
     "PerExampleAdapter",
     "RawWeightsAdapter",
     "StalenessSchedule",

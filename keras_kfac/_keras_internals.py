@@ -70,6 +70,14 @@ def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
     return getattr(tensor, "_keras_mask", None)
 
 
+def with_mask(tensor: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """The same tensor, with a mask in addition to the one that it has."""
+    present = mask_of(tensor)
+    tensor = tf.identity(tensor)
+    tensor._keras_mask = mask if present is None else tf.logical_and(present, mask)
+    return tensor
+
+
 def projections_of(layer: keras.Layer) -> dict[str, list[keras.Layer]]:
     """The projections in an attention layer, by the argument whose positions they are applied to.
 

@@ -1,6 +1,7 @@
 """An optimizer that is attached to the model it trains, and keeps its curvature."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -12,9 +13,9 @@ from keras_kfac import validation
 from keras_kfac.attachment import Attachment, unattached_error
 from keras_kfac.curvature.coverage import BlockSettings, Coverage
 from keras_kfac.curvature.model_curvature import ModelCurvature
+from keras_kfac.curvature.spectrum import CurvatureSummary
 from keras_kfac.hyperparameters import ConfiguredOptimizer
 from keras_kfac.introspection.forward_pass import ForwardPass
-from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse
 from keras_kfac.math.linalg import scalar
@@ -86,8 +87,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
         self._attachment = Attachment(
             model,
             loss,
+            self.likelihood,
             variables,
-            empirical=self.fisher == Fisher.EMPIRICAL,
             replays=self.can_adapt,
             on_replaced=self.detach,
         )
@@ -135,6 +136,24 @@ class AttachableOptimizer(ConfiguredOptimizer):
         """
         return {} if self._built is None else self._built.curvature.condition_numbers()
 
+    def curvature_summary(self) -> CurvatureSummary:
+        """The spectrum of each layer's `A ⊗ G` beside its damping; empty before the first step.
+
+        Prints as a table; its `plot()` draws them (with Matplotlib). Takes the eigenvalues of all
+        factors, which is as dear as some refreshes.
+
+        Example:
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="dense")])
+        >>> model.compile(KFAC(), "mse")
+        >>> _ = model.fit(np.eye(4), np.ones([4, 3]), verbose=0, callbacks=[KFACCallback()])
+        >>> (row,) = model.optimizer.curvature_summary()
+        >>> row.layer.endswith("dense"), row.input_eigenvalues.shape, row.output_eigenvalues.shape
+        (True, (5,), (3,))
+        """
+        if self._built is None:
+            return CurvatureSummary()
+        return self._built.curvature.summary(tf.convert_to_tensor(self.damping))
+
     def staleness(self) -> dict[str, float]:
         """By how much the last refresh changed each layer's inverse of the damped `A ⊗ G`.
 
@@ -165,6 +184,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 f"{attachment.model.name!r}\n{plan.rows}"
             )
         plan.rows.check_memory(self.memory_limit)
+        plan.rows.empirical_losses = self._empirical_losses(passes)
         curvature = ModelCurvature(
             plan.adapters,
             self.model_variable,
@@ -183,14 +203,32 @@ class AttachableOptimizer(ConfiguredOptimizer):
         self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
         return self._built
 
+    def _empirical_losses(self, passes: Sequence[ForwardPass]) -> list[str]:
+        """Losses that only have an empirical Fisher matrix; warns if another was asked for."""
+        terms = [term for forward_pass in passes for term in forward_pass.terms]
+        unknown = sorted({t.score.loss.name for t in terms if t.is_empirical})
+        if unknown and self.fisher == Fisher.SAMPLED:
+            warnings.warn(
+                "K-FAC knows no predictive distribution for a loss, and takes its empirical Fisher "
+                "matrix, of the training targets, in place of the true one. If the loss is a "
+                "negative log-likelihood, say so by keras_kfac.NegativeLogLikelihood or "
+                "KFAC(likelihood=...). Losses: " + ", ".join(unknown),
+                stacklevel=2,
+            )
+        return unknown
+
     def _is_burning_in(self) -> tf.Tensor:
         return tf.convert_to_tensor(self._burnt_in.value < self.burn_in_steps)
+
+    def _step_seed(self) -> tf.Tensor:
+        """Stateless seed of the step, or micro-batch."""
+        draw = tf.cast(self._iterations + self._burnt_in.value, tf.int32)
+        return tf.stack([self.seed, draw])
 
     def _update_factors(
         self,
         curvature: ModelCurvature,
         passes: Sequence[ForwardPass],
-        loss: ModelLoss,
         is_burning_in: tf.Tensor,
     ) -> None:
         micro_steps = self.gradient_accumulation_steps or 1
@@ -200,11 +238,10 @@ class AttachableOptimizer(ConfiguredOptimizer):
         age = tf.cast(self.iterations, "int64") + self._burnt_in.value
         decay = tf.minimum(decay, growing_decay(age, self._factor_update_period.value))
         decay = tf.where(is_first & ~is_burning_in, decay, 1.0)
-        draw = tf.cast(self._iterations + self._burnt_in.value, tf.int32)
-        seed = tf.stack([self.seed, draw])
+        seed = self._step_seed()
 
         def update() -> None:
-            curvature.update(passes, loss, Fisher(self.fisher), seed, decay)
+            curvature.update(passes, Fisher(self.fisher), self.fisher_samples, seed, decay)
 
         due = is_due(self.iterations, self._factor_update_period.value) | is_burning_in
         ops.cond(due, update, lambda: None)

@@ -1,7 +1,7 @@
 """The seam with Keras: hooks by which a model tells its optimizer about a training step."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -10,9 +10,12 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.curvature.coverage import BlockSettings, CoveragePlan, plan_coverage
 from keras_kfac.introspection.forward_pass import ForwardPass, is_recording, recording
-from keras_kfac.introspection.losses import ModelLoss, resolve_loss
+from keras_kfac.introspection.known_losses import as_loss, likelihoods_of
+from keras_kfac.introspection.losses import Score, understood
+from keras_kfac.introspection.observed_losses import observed_losses
 from keras_kfac.introspection.registry import find_adapters
 from keras_kfac.introspection.replay import Replay, is_replaying
+from keras_kfac.math.likelihood import Likelihood
 
 # In eager custom loops, training-mode passes that no step ever uses (Monte-Carlo dropout, say)
 # hold on to their activations; only so many of the newest are kept.
@@ -36,15 +39,15 @@ class Attachment:
         self,
         model: keras.Model,
         loss: Any,
+        likelihood: Any,
         variables: Sequence[keras.Variable] | None,
-        empirical: bool,
         replays: bool,
         on_replaced: Callable[[], None],
     ) -> None:
         self.model = model
         self._variables = variables
         self._given_loss = loss
-        self._empirical = empirical
+        self._likelihood = likelihood
         self._replays = replays
         self._on_replaced = on_replaced
         self._pending: list[ForwardPass] = []
@@ -119,16 +122,28 @@ class Attachment:
     def _observed_compute_loss(
         self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        by_output = {id(o): p for p in self._pending for o in tf.nest.flatten(p.outputs)}
+        if self._is_inference or not by_output:
+            return compute_loss(*args, **kwargs)
+        with observed_losses() as observed:
+            total = compute_loss(*args, **kwargs)
         names = ("x", "y", "y_pred", "sample_weight", "training")
-        given = {**dict(zip(names, args)), **kwargs}
-        scored = tf.nest.flatten(given.get("y_pred"))
-        for forward_pass in self._pending:
-            outputs = tf.nest.flatten(forward_pass.outputs)
-            if len(outputs) == len(scored) and all(a is b for a, b in zip(outputs, scored)):
-                forward_pass.scored = True
-                forward_pass.targets = given.get("y")
-                forward_pass.sample_weight = given.get("sample_weight")
-        return compute_loss(*args, **kwargs)
+        scores = observed.scores(total)
+        if self._given_loss is not None:
+            scores = [self._given_score({**dict(zip(names, args)), **kwargs})]
+        seen = [(by_output[id(s.outputs)], s) for s in scores if id(s.outputs) in by_output]
+        for forward_pass, _ in seen:  # Seen twice, it counts once.
+            forward_pass.scores = [score for other, score in seen if other is forward_pass]
+        return total
+
+    def _given_score(self, given: Mapping[str, Any]) -> Score:
+        """That of the loss which the attachment was made with, given the arguments."""
+        outputs = tf.nest.flatten(given["y_pred"])
+        targets = tf.nest.flatten(given.get("y"))
+        if len(outputs) != 1 or len(targets) != 1:
+            raise _one_output_only(len(outputs))
+        sample_weight = given.get("sample_weight")
+        return Score(as_loss(self._given_loss), outputs[0], targets[0], sample_weight)
 
     def _fresh_step(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._pending.clear()
@@ -152,7 +167,7 @@ class Attachment:
         """
         usable = [p for p in self._pending if p.is_usable()]
         self._pending.clear()
-        passes = [p for p in usable if p.scored] or usable
+        passes = [p for p in usable if p.scores] or usable
         if not passes:
             raise RuntimeError(
                 "K-FAC saw no forward pass of the attached model in this training step. Call the "
@@ -160,7 +175,17 @@ class Attachment:
                 "its layers one by one, or a different model that holds them, is not seen). "
                 f"Received: attached model {self.model.name!r}"
             )
+        for forward_pass in passes:
+            outputs = [id(output) for output in tf.nest.flatten(forward_pass.outputs)]
+            scores = forward_pass.scores or [self._unseen_score(forward_pass)]
+            given = self._likelihoods(forward_pass)
+            places = [outputs.index(id(score.outputs)) for score in scores]
+            forward_pass.terms = [understood(s, i, given[i]) for s, i in zip(scores, places)]
         return passes
+
+    def _likelihoods(self, forward_pass: ForwardPass) -> list[Likelihood | None]:
+        names = getattr(self.model, "output_names", None)
+        return likelihoods_of(self._likelihood, forward_pass.outputs, names)
 
     def is_trained(self, variable: keras.Variable) -> bool:
         """Whether the optimizer is to train the variable."""
@@ -181,11 +206,11 @@ class Attachment:
         unreachable = {k: v for forward_pass in passes for k, v in forward_pass.unreachable.items()}
         return plan_coverage(self.model, is_trained, settings, called, unreachable)
 
-    def loss(self) -> ModelLoss:
-        """The loss to take the Fisher matrix of.
+    def _unseen_score(self, forward_pass: ForwardPass) -> Score:
+        """That of the loss by itself, where `compute_loss` did not see the outputs.
 
         Raises:
-            ValueError: If there is none, or one without a known likelihood.
+            ValueError: If there is no loss, or more than one output.
         """
         loss, weight = self._given_loss, 1.0
         if loss is None:
@@ -197,16 +222,26 @@ class Attachment:
                 "with a loss, or name it: `optimizer.attach(model, loss=...)`. Received: "
                 f"model {self.model.name!r} without a loss"
             )
+        outputs, losses = tf.nest.flatten(forward_pass.outputs), [loss]
         if isinstance(loss, (list, tuple, dict)):
             losses = tf.nest.flatten(loss)
-            loss = losses[0] if len(losses) == 1 else loss
-        return resolve_loss(loss, weight, self._empirical)
+        if len(outputs) != 1 or len(losses) != 1:
+            raise _one_output_only(len(outputs))
+        return Score(as_loss(losses[0]), outputs[0], weight=weight, is_complete=False)
 
     def _compiled_loss_weight(self) -> float:
         with tf.init_scope():  # Serialising reads variables, which a graph can't.
             config = self.model.get_compile_config() or {}
         weights = tf.nest.flatten(config.get("loss_weights"))
         return 1.0 if len(weights) != 1 or weights[0] is None else float(weights[0])
+
+
+def _one_output_only(outputs: int) -> ValueError:
+    return ValueError(
+        "K-FAC can't tell which loss belongs to which output. Compile the model with the losses of "
+        "its outputs, and in a custom training loop compute the total by `model.compute_loss(x, y, "
+        f"y_pred, sample_weight)`. Received: a model with {outputs} outputs"
+    )
 
 
 def attachment_of(model: keras.Model) -> Attachment | None:

@@ -27,7 +27,9 @@ class ConfiguredOptimizer(RestorableOptimizer):
         factor_ema_decay: Any,
         factor_update_period: int | None,
         inverse_update_period: int,
+        likelihood: Any,
         fisher: str,
+        fisher_samples: int,
         exact_damping: bool,
         weight_sharing: Choice,
         kl_clip: Any,
@@ -50,7 +52,9 @@ class ConfiguredOptimizer(RestorableOptimizer):
         )
         self._adapts_learning_rate.assign(adapts)
         self.factor_ema_decay = validation.check_ema_decay(factor_ema_decay)
+        self.likelihood = validation.check_likelihood(likelihood)
         self.fisher = validation.check_fisher(fisher)
+        self.fisher_samples = validation.check_positive_int("fisher_samples", fisher_samples)
         self.exact_damping = validation.check_bool("exact_damping", exact_damping)
         self.weight_sharing = validation.check_weight_sharing(weight_sharing)
         self.kl_clip = validation.check_kl_clip(kl_clip)
@@ -165,7 +169,9 @@ class ConfiguredOptimizer(RestorableOptimizer):
             "factor_ema_decay": to_config(self.factor_ema_decay),
             "factor_update_period": self.factor_update_period,
             "inverse_update_period": self.inverse_update_period,
+            "likelihood": keras.saving.serialize_keras_object(self.likelihood),
             "fisher": str(self.fisher),
+            "fisher_samples": self.fisher_samples,
             "exact_damping": self.exact_damping,
             "weight_sharing": self.weight_sharing,
             "kl_clip": to_config(self.kl_clip),
@@ -181,8 +187,15 @@ class ConfiguredOptimizer(RestorableOptimizer):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
         """Creates an optimizer from the result of `get_config`."""
         config = dict(config)
-        for name in ("damping", "momentum", "factor_ema_decay", "kl_clip", "fallback"):
-            if isinstance(config.get(name), dict):
+        for name in (
+            "damping",
+            "momentum",
+            "factor_ema_decay",
+            "kl_clip",
+            "likelihood",
+            "fallback",
+        ):
+            if isinstance(config.get(name), (dict, list)):
                 config[name] = keras.saving.deserialize_keras_object(
                     config[name], custom_objects=custom_objects
                 )

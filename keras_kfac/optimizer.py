@@ -63,9 +63,8 @@ class KFAC(SteppingOptimizer):
     squared loss; otherwise it assumes inputs and output gradients to be independent. Blocks between
     layers are taken to be zero.
 
-    Adaptive values need a loss with a known distribution, and to see the targets: custom loops
-    compute the loss by `model.compute_loss`. With `gradient_accumulation_steps` they model the last
-    micro-batch.
+    Adaptive values need to see the targets: custom loops compute the loss by `model.compute_loss`.
+    With `gradient_accumulation_steps` they model the last micro-batch.
 
     The optimizer must see the model: pass `callbacks=[KFACCallback()]` to `fit`, or call
     `attach`. With `gradient_accumulation_steps`, factors average over the micro-batches of a step.
@@ -90,11 +89,21 @@ class KFAC(SteppingOptimizer):
             `inverse_update_period` if that is less.
         inverse_update_period: Steps between refreshes of the inverses, a positive int, at least
             `factor_update_period`. Fewer at first, likewise.
+        likelihood: The predictive distribution, where the loss does not say it (a function of your
+            own, or a Keras loss that K-FAC does not know): a Keras loss, or a function from outputs
+            `[batch, ..., width]` to a `tfp.distributions.Distribution` with batch shape
+            `[batch, ...]`; a list or dict of these for several outputs. The training loss is then
+            taken to be that Keras loss, or the negative log-likelihood, as far as the curvature is
+            concerned. `None` for what the losses say; see docs/likelihoods.md.
         fisher: Which Fisher matrix: `"sampled"` (the true one, targets sampled from the model: one
             more backward pass per factor update, of which half of the batch counts, at least 128
             rows of outputs and 8 examples, and of large images some of the pixels), `"exact"` (the
-            same without sampling noise: one backward pass per output) or `"empirical"` (from the
-            training targets; works with any loss, and is a different matrix).
+            same without sampling noise: one backward pass per output), `"curvature_propagation"`
+            (random signs in place of targets, as dear as sampled), `"empirical"` (from the training
+            targets; works with any loss, and is a different matrix) or `"forward_only"` (output
+            factors are the identity: no backward pass, but a coarser matrix).
+        fisher_samples: How many targets to sample for each example, a positive int: the noise of
+            a batch's factors falls as its root, and a backward pass is taken for each.
         exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
             factors, in place of the factored one above. Both work about as well; eigenbases take
             several times as long to compute.
@@ -156,7 +165,9 @@ class KFAC(SteppingOptimizer):
         factor_ema_decay: float | LearningRateSchedule = 0.95,
         factor_update_period: int | None = None,
         inverse_update_period: int = 20,
+        likelihood: Any = None,
         fisher: str = "sampled",
+        fisher_samples: int = 1,
         exact_damping: bool = False,
         weight_sharing: Choice = EXPAND,
         kl_clip: float | LearningRateSchedule | None = None,
@@ -176,7 +187,9 @@ class KFAC(SteppingOptimizer):
             factor_ema_decay,
             factor_update_period,
             inverse_update_period,
+            likelihood,
             fisher,
+            fisher_samples,
             exact_damping,
             weight_sharing,
             kl_clip,
@@ -211,25 +224,24 @@ class KFAC(SteppingOptimizer):
             if not self.built:
                 _outside_graphs(lambda: self.build(trainable_variables))
         passes = attachment.take_passes()
-        loss = attachment.loss()
         # What is unknown raises here, and not in a branch of the step or at some later one.
-        if self.can_adapt:
-            _ = loss.known_likelihood
-        if self._damping_rule is not None:
-            _ = [forward_pass.single_target() for forward_pass in passes]
+        terms = [term for forward_pass in passes for term in forward_pass.terms]
+        for term in terms:
+            if term.likelihood is None or self._damping_rule is not None:
+                _ = term.targets
         built = _outside_graphs(lambda: self._build_curvature(passes))
 
         is_burning_in = self._is_burning_in()
 
         def step() -> None:
             variables = trainable_variables or self._trainable_variables
-            batch = Batch(passes, loss, self._unscaled(grads, variables))
+            batch = Batch(passes, self._unscaled(grads, variables), self._step_seed())
             # For `_backend_update_step`, to which Keras hands no more than gradients.
             with instance_attribute(self, "_batch", batch):
                 super(KFAC, self).apply(grads, trainable_variables)
 
         def proceed() -> None:
-            self._update_factors(built.curvature, passes, loss, is_burning_in)
+            self._update_factors(built.curvature, passes, is_burning_in)
             ops.cond(is_burning_in, lambda: None, step)
 
         def skip() -> None:

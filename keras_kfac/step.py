@@ -14,7 +14,6 @@ from keras_kfac.introspection import gauss_newton
 from keras_kfac.introspection.batch_part import BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
-from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.math.linalg import inner_product, is_finite, symmetric_matrix, upper_triangle
 from keras_kfac.math.quadratic_model import QuadraticModel
 from keras_kfac.math.step_control import kl_clip_scale
@@ -41,11 +40,14 @@ def group_count(blocks: int) -> int:
 
 
 class Batch(NamedTuple):
-    """The batch of a step: its forward passes, and the gradient of its loss before clipping."""
+    """The batch of a step: its forward passes, and the gradient of its loss before clipping.
+
+    Draws from the model depend on the seed.
+    """
 
     passes: Sequence[ForwardPass]
-    loss: ModelLoss
     gradients: Tensors
+    seed: tf.Tensor
 
     def quadratic_model(
         self,
@@ -61,7 +63,7 @@ class Batch(NamedTuple):
             slopes: Products of the first directions with the gradient, where these are known.
         """
         weights = current_values(variables)
-        curvature = gauss_newton.products(self.passes, self.loss, weights, directions, MODEL_PART)
+        curvature = gauss_newton.products(self.passes, weights, directions, MODEL_PART, self.seed)
         l2 = {id(v): coefficient for v in variables if (coefficient := l2_coefficient(v))}
         if l2:
             scaled = [{k: c * d[k] for k, c in l2.items() if k in d} for d in directions]
@@ -74,7 +76,7 @@ class Batch(NamedTuple):
     def loss_change(self, variables: Sequence[keras.Variable], steps: Tensors) -> tf.Tensor:
         """What the loss, with its regularisers, changes by if the variables step so."""
         new = {key: value + steps[key] for key, value in current_values(variables).items()}
-        change = gauss_newton.loss_change(self.passes, self.loss, new)
+        change = gauss_newton.loss_change(self.passes, new)
         return change + penalty_change(variables, new)
 
 

@@ -100,7 +100,7 @@ class SteppingOptimizer(AttachableOptimizer):
         if any(changes) or self.gradient_accumulation_steps:
             return None
         adapters = [block.adapter for block in self._known.curvature.blocks]
-        return GradientRows.of(batch.passes, batch.loss, adapters)
+        return GradientRows.of(batch.passes, adapters)
 
     def _coefficients(
         self, step: Step, proposal: Proposal, model: QuadraticModel | None

@@ -60,6 +60,18 @@ def check_memory_limit(value: Any) -> int | None:
     return int(value)
 
 
+def check_likelihood(value: Any) -> Any:
+    """Checks a loss, a function, or a list or dict of these, or `None`."""
+    each = tf.nest.flatten(value)
+    if not all(v is None or isinstance(v, str) or callable(v) for v in each):
+        raise ValueError(
+            "`likelihood` must be a Keras loss or a function from outputs to a "
+            "`tfp.distributions.Distribution`, a list or dict of these by output, or None. "
+            f"Received: likelihood={value!r}"
+        )
+    return value
+
+
 def check_product_dtype(value: Any) -> str | None:
     """Checks the dtype of the products with inverses."""
     is_known = isinstance(value, str) and value in ("bfloat16", "float32", "float64")

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_kfac import _keras_internals
 from keras_kfac.introspection import forward_pass, registry, statistics
-from keras_kfac.introspection.losses import resolve_loss
+from keras_kfac.introspection.losses import Score, understood
 
 layers = keras.layers
 
@@ -235,9 +235,10 @@ def factors(
     loss_weight=1.0,
     layers=None,
     reduce=False,
+    samples=1,
+    likelihood=None,
 ):
     """Factors of all adapted layers on one batch, as the optimizer computes them."""
-    resolved = resolve_loss(loss, loss_weight, empirical=fisher == "empirical")
     adapters = [
         adapter
         for layer in layers or model.layers
@@ -251,14 +252,14 @@ def factors(
     around = _keras_internals.flatten_layers(model)
     with forward_pass.recording(adapted, whole, around) as recorded:
         recorded.outputs = model(x, training=True)
-    recorded.sample_weight = sample_weight
-    recorded.targets, recorded.scored = y, y is not None
+    score = Score(loss, recorded.outputs, y, sample_weight, loss_weight, y is not None)
+    recorded.terms = [understood(score, 0, likelihood)]
     batch = statistics.collect(
         [recorded],
         adapters,
-        resolved,
         statistics.Fisher(fisher),
         tf.convert_to_tensor(seed, tf.int32),
         tf.float64,
+        samples,
     )
     return [batch.layers[id(a)] for a in adapters if id(a) in batch.layers]

@@ -31,6 +31,7 @@ def test_quickstart_runs_as_printed():
 
 PAGES = {
     "layers.md": [r"Gate +3 +full", r"Centred +32 +kronecker"],
+    "likelihoods.md": [r"^\(8, 8\) \[", r"trace +largest +damping +above the damping$"],
     "weight-sharing.md": [
         r"first .* reduce: 'average' averages over positions$",
         r"second .* reduce: as set$",

@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_probability as tfp
 
-from keras_kfac import KFAC
+from keras_kfac import KFAC, NegativeLogLikelihood
 from tests import helpers
 
 # ---- Arguments ----------------------------------------------------------------------------------
@@ -46,6 +47,9 @@ BAD_ARGUMENTS: list[tuple[str, Any]] = [
     ("kl_clip", -1.0),
     ("kl_clip", float("nan")),
     ("kl_clip", "small"),
+    ("fisher_samples", 0),
+    ("fisher_samples", 1.5),
+    ("likelihood", 3),
     ("max_factor_size", 0),
     ("max_factor_size", 1.5),
     ("memory_limit", 0),
@@ -122,6 +126,23 @@ def without_compute_loss(model: keras.Model, x: np.ndarray, y: np.ndarray) -> No
     helpers.tape_loop(model, (x, y))
 
 
+def own_loss_without_compute_loss(model: keras.Model, x: np.ndarray, y: np.ndarray) -> None:
+    model.optimizer.attach(model)
+    step = helpers.tape_step(
+        model, lambda y, outputs: tf.reduce_mean(own_loss(y, outputs)), model.optimizer
+    )
+    step(tf.constant(x), tf.constant(y))
+
+
+def both_losses_without_compute_loss(model: keras.Model, x: np.ndarray, y: np.ndarray) -> None:
+    model.optimizer.attach(model)
+    loss = helpers.crossentropy()
+    step = helpers.tape_step(
+        model, lambda y, outputs: sum(loss(y, output) for output in outputs), model.optimizer
+    )
+    step(tf.constant(x), tf.constant(y))
+
+
 def two_outputs() -> keras.Model:
     inputs = keras.Input((helpers.FEATURES,))
     return keras.Model(inputs, [keras.layers.Dense(helpers.CLASSES)(inputs) for _ in range(2)])
@@ -179,23 +200,32 @@ CASES = {
     ),
     "unknown_loss": Case(
         ValueError,
-        "CategoricalCrossentropy.*MeanSquaredError.*empirical.*Received",
-        loss="mae",
+        "no exact Fisher.*CategoricalCrossentropy.*NegativeLogLikelihood.*empirical.*Received",
+        loss="cosine_similarity",
         labels=one_hot,
+        fisher="exact",
     ),
-    "own_loss": Case(ValueError, "MeanSquaredError.*empirical.*Received: loss=", loss=own_loss),
+    "own_loss": Case(
+        ValueError, "MeanSquaredError.*empirical.*Received: loss=", loss=own_loss, fisher="exact"
+    ),
     "two_outputs": Case(
         ValueError,
-        "several outputs.*Received",
+        "which loss belongs to which output.*compute_loss.*Received: a model with 2 outputs",
         make=two_outputs,
+        train=both_losses_without_compute_loss,
         loss=["sparse_categorical_crossentropy"] * 2,
-        labels=lambda y: [y, y],
     ),
     "empirical_without_compute_loss": Case(
         RuntimeError,
         "compute_loss.*fisher='sampled'",
         train=without_compute_loss,
         fisher="empirical",
+    ),
+    "unknown_loss_without_compute_loss": Case(
+        RuntimeError,
+        r"compute_loss.* or use KFAC\(likelihood=...\), as none is known for .*own_loss",
+        train=own_loss_without_compute_loss,
+        loss=own_loss,
     ),
     "one_hot_labels": Case(ValueError, "shape", labels=one_hot),
     "no_trainable_weights": Case(
@@ -214,6 +244,58 @@ def test_training_is_refused_with_the_remedy(case: Case) -> None:
     with pytest.raises(case.error, match=case.match):
         case.train(model, x, case.labels(y))
     helpers.assert_same(helpers.weights(model), before)
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_negative_sample_weights_are_refused(run_eagerly: bool) -> None:
+    model = helpers.compiled(helpers.mlp(), run_eagerly=run_eagerly)
+    before = helpers.weights(model)
+    x, y = helpers.vectors(helpers.BATCH)
+    model.optimizer.attach(model)
+    weights = np.linspace(-1, 1, helpers.BATCH)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="sample weights that are at least 0"):
+        model.train_on_batch(x, y, sample_weight=weights)
+    helpers.assert_same(helpers.weights(model), before)
+
+
+def unsampleable(outputs: tf.Tensor) -> Any:
+    class Unsampleable(tfp.distributions.Normal):
+        def _sample_n(self, n: Any, seed: Any = None) -> Any:
+            raise NotImplementedError("no draws from Unsampleable")
+
+    return Unsampleable(outputs[..., 0], 1.0)
+
+
+def vectors_of(outputs: tf.Tensor) -> Any:
+    return tfp.distributions.Normal(outputs, 1.0)
+
+
+LIKELIHOODS: dict[str, tuple[Any, type[Exception], str]] = {
+    "not_for_each_position": (
+        vectors_of,
+        ValueError,
+        r"one distribution for each position.*Independent.* Received: outputs of shape \(8, 3\)",
+    ),
+    "unsampleable": (unsampleable, NotImplementedError, "no draws from Unsampleable"),
+}
+
+
+@pytest.mark.parametrize("case", LIKELIHOODS.values(), ids=LIKELIHOODS.keys())
+def test_likelihoods_that_do_not_fit_are_refused(case: tuple[Any, ...]) -> None:
+    likelihood, error, match = case
+    model = helpers.compiled(helpers.mlp(), helpers.kfac(likelihood=likelihood))
+    before = helpers.weights(model)
+    with pytest.raises(error, match=match):
+        helpers.fit(model, helpers.vectors())
+    helpers.assert_same(helpers.weights(model), before)
+
+
+def test_targets_that_are_no_draw_are_refused() -> None:
+    loss = NegativeLogLikelihood(lambda f: tfp.distributions.Independent(vectors_of(f), 1))
+    model = helpers.compiled(helpers.mlp(), loss=loss)
+    x, _ = helpers.vectors()
+    with pytest.raises(ValueError, match=r"shape of a draw.*Received: targets of shape \(8, 2\)"):
+        helpers.fit(model, (x, np.zeros([len(x), 2])))
 
 
 def test_model_without_loss_is_refused_until_it_is_named() -> None:

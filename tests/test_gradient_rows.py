@@ -10,7 +10,7 @@ from keras_kfac.curvature.block import KroneckerBlock
 from keras_kfac.introspection import gradient_rows
 from keras_kfac.introspection.forward_pass import recording
 from keras_kfac.introspection.gradient_rows import GradientRows
-from keras_kfac.introspection.losses import resolve_loss
+from keras_kfac.introspection.losses import Score, understood
 from keras_kfac.introspection.registry import adapt
 from tests import helpers
 from tests.reference import assert_close
@@ -162,10 +162,10 @@ def test_rows_add_up_to_the_gradients(monkeypatch):
     with tf.GradientTape() as tape, recording(model.layers) as recorded:
         recorded.outputs = model(x, training=True)
         total = loss(y, recorded.outputs, weight)
-    recorded.targets, recorded.sample_weight, recorded.scored = y, weight, True
+    recorded.terms = [understood(Score(loss, recorded.outputs, y, weight), 0)]
     gradients = tape.gradient(total, model.trainable_weights)
     by_variable = {id(v): g for v, g in zip(model.trainable_weights, gradients)}
-    rows = GradientRows.of([recorded], resolve_loss(loss, 1.0, False), found)
+    rows = GradientRows.of([recorded], found)
     names = [adapter.layer.name for adapter in rows.adapters]
     assert names == [model.layers[i].name for i in (6, 4, 2)]
     pairs = rows.pairs()

@@ -51,6 +51,8 @@ CHANGED = {
     "factor_update_period": 3,
     "inverse_update_period": 7,
     "fisher": "exact",
+    "fisher_samples": 2,
+    "likelihood": "mse",
     "kl_clip": 0.01,
     "fallback": OwnSGD(0.2, momentum=0.7),
     "seed": 11,

@@ -176,10 +176,11 @@ def test_products_in_double_reverse_mode_are_those_in_forward_mode():
         {id(model.weights[0]): tf.constant(RNG.normal(size=(4, 5)))},
     ]
     run = replay.Replay(model, (x,), {})
-    outputs, expected = replay._forward_mode(run.outputs, primals, directions)
-    same, actual = replay._double_reverse_mode(run.outputs, primals, directions)
+    function = lambda weights: [run.outputs(weights)]  # noqa: E731
+    (outputs,), expected = replay._forward_mode(function, primals, directions)
+    (same,), actual = replay._double_reverse_mode(function, primals, directions)
     np.testing.assert_array_equal(outputs, same)
-    for one, other in zip(actual, expected):
+    for (one,), (other,) in zip(actual, expected):
         assert_close(one, other, 1e-12)
 
 
@@ -280,5 +281,5 @@ def test_encoder_whose_states_start_a_decoder_learns():
     model = helpers.compiled(keras.Model(x, layers.Dense(7)(decoded)), KFAC())
     tokens, _ = sequences()
     history = helpers.fit(model, (tokens, tokens[:, ::-1]), epochs=20).history["loss"]
-    assert history[-1] < 0.5 * history[0]
+    assert history[-1] < 0.6 * history[0]  # .45 to .54 over six runs with different draws
     assert model.optimizer.coverage().fraction == 1

@@ -8,10 +8,20 @@ import tensorflow as tf
 from keras import ops
 
 from keras_kfac.curvature.regularization import l2_coefficient
+from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
 from keras_kfac.math.inverses import Inverse, Start, relative_change
-from keras_kfac.math.linalg import Gradient, RowPairs, cast, inner_product, is_finite, scalar, trace
+from keras_kfac.math.linalg import (
+    Gradient,
+    RowPairs,
+    cast,
+    inner_product,
+    is_diagonal,
+    is_finite,
+    scalar,
+    trace,
+)
 from keras_kfac.math.moving_average import weighted_average
 from keras_kfac.math.structure import aligned, aligned_shapes, from_blocks, to_blocks
 
@@ -110,6 +120,14 @@ class KroneckerBlock:
         """Trace of `A ⊗ G`, undamped."""
         a, g = aligned(self._factors(), self._structures)
         return tf.reduce_sum(trace(a) * trace(g))
+
+    def spectrum(self, damping: tf.Tensor) -> LayerSpectrum:
+        """The eigenvalues of the factors as they are now."""
+        each = aligned(self._factors(), self._structures)
+        a, g = (f if is_diagonal(f) else tf.linalg.eigvalsh(f) for f in each)
+        return LayerSpectrum(
+            self.adapter.path, a.numpy(), g.numpy(), float(damping) + float(self._l2)
+        )
 
     def _factors(self) -> list[tf.Tensor]:
         return [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]

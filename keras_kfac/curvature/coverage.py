@@ -42,9 +42,12 @@ class Coverage(list[CoverageRow]):
 
     Attributes:
         memory: Bytes that the factors and inverses of all blocks take.
+        empirical_losses: Names of losses that are no known likelihood: their Fisher matrix is the
+            empirical one, of the training targets. Known after the first step.
     """
 
     memory = 0
+    empirical_losses: Sequence[str] = ()
 
     @property
     def fraction(self) -> float:
@@ -82,6 +85,9 @@ class Coverage(list[CoverageRow]):
             f"{100 * self.fraction:.1f} % of the trained weights have a curvature block. Factors "
             f"and inverses take {self.memory / 2**20:,.1f} MiB."
         )
+        if self.empirical_losses:
+            names = ", ".join(self.empirical_losses)
+            lines.append(f"Empirical Fisher matrix of losses without known likelihood: {names}.")
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -8,10 +8,10 @@ import tensorflow as tf
 from keras import ops
 
 from keras_kfac.curvature.block import AddVariable, KroneckerBlock
+from keras_kfac.curvature.spectrum import CurvatureSummary
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
-from keras_kfac.introspection.losses import ModelLoss
 from keras_kfac.introspection.statistics import Fisher, collect
 from keras_kfac.math.inverses import Inverse
 from keras_kfac.math.kronecker import block_damping
@@ -62,14 +62,14 @@ class ModelCurvature:
     def update(
         self,
         passes: Sequence[ForwardPass],
-        loss: ModelLoss,
         fisher: Fisher,
+        samples: int,
         seed: tf.Tensor,
         decay: tf.Tensor,
     ) -> None:
         """Includes the factors of the given forward passes in the moving averages."""
         adapters = [block.adapter for block in self.blocks]
-        batch = collect(passes, adapters, loss, fisher, seed, self._dtype)
+        batch = collect(passes, adapters, fisher, seed, self._dtype, samples)
         for block in self.blocks:
             statistics = batch.layers.get(id(block.adapter))
             if statistics is not None:
@@ -91,13 +91,15 @@ class ModelCurvature:
         return self._invert(self.blocks, damping)
 
     def _invert(self, blocks: Sequence[KroneckerBlock], damping: tf.Tensor) -> list[Inverse]:
+        each = zip(blocks, self._dampings(blocks, damping))
+        return [block.invert(own) for block, own in each]
+
+    def _dampings(self, blocks: Sequence[KroneckerBlock], damping: tf.Tensor) -> list[tf.Tensor]:
         if not self._spares_weak_blocks:
-            return [block.invert(damping) for block in blocks]
+            return [damping for _ in blocks]
         mean = self.mean_eigenvalue()
         own = [tf.cast(block.trace(), mean.dtype) / block.size for block in blocks]
-        return [
-            block.invert(block_damping(damping, value, mean)) for block, value in zip(blocks, own)
-        ]
+        return [block_damping(damping, value, mean) for value in own]
 
     def precondition(
         self,
@@ -140,6 +142,11 @@ class ModelCurvature:
         """Mean eigenvalue of the approximate Fisher matrix, undamped."""
         trace = tf.add_n([tf.cast(block.trace(), self._dtype) for block in self.blocks])
         return trace / sum(block.size for block in self.blocks)
+
+    def summary(self, damping: tf.Tensor) -> CurvatureSummary:
+        """The spectra of all blocks."""
+        each = zip(self.blocks, self._dampings(self.blocks, damping))
+        return CurvatureSummary(block.spectrum(own) for block, own in each)
 
     def condition_numbers(self) -> dict[str, float]:
         """Condition numbers of the damped blocks by their paths, as of the last refresh."""

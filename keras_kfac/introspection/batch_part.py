@@ -1,5 +1,6 @@
 """The first part of a batch, used in place of the whole where an estimate will do."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -36,6 +37,16 @@ class BatchPart(NamedTuple):
 
 
 WHOLE = BatchPart()
+
+
+def examples_of(part: BatchPart, coefficients: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The number of examples to use that is enough for each output.
+
+    Args:
+        part: How many of them.
+        coefficients: What each position counts, `[batch, ...]` for each output.
+    """
+    return tf.reduce_max([part.examples(tf.shape(each)) for each in coefficients])
 
 
 def whole_over_part(coefficients: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:

@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals
+from keras_kfac.introspection.losses import Score, Term
 from keras_kfac.introspection.replay import Replay
 
 
@@ -46,8 +47,8 @@ class ForwardPass:
         unreachable: Reasons why a layer's tensors can't be used, by `id` of the layer.
         masks: Of the inputs of layers that Keras keeps them from, by `id` of the layer.
         outputs: What the model returned.
-        sample_weight: The weights given to `compute_loss`, if any.
-        scored: Whether `compute_loss` has seen the outputs.
+        scores: The losses of its outputs, as `compute_loss` took them.
+        terms: The same, understood: what the step goes by.
         replay: Runs the same forward pass again.
     """
 
@@ -56,9 +57,8 @@ class ForwardPass:
         self.unreachable: dict[int, str] = {}
         self.masks: dict[int, tf.Tensor | None] = {}
         self.outputs: Any = None
-        self.sample_weight: Any = None
-        self.targets: Any = None
-        self.scored = False
+        self.scores: list[Score] = []
+        self.terms: list[Term] = []
         self.replay: Replay | None = None
         self.tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
         self._graph = _keras_internals.current_graph()
@@ -77,22 +77,6 @@ class ForwardPass:
         if self.replay is None:
             raise RuntimeError("This forward pass was recorded without a replay.")
         return self.replay
-
-    def single_target(self) -> Any:
-        """The targets of the model's one output.
-
-        Raises:
-            RuntimeError: If `compute_loss` has not seen them.
-        """
-        if not self.scored:
-            raise RuntimeError(
-                "The empirical Fisher and adaptive damping need the training targets, which K-FAC "
-                "sees in `model.compute_loss` only. In a custom training loop compute the loss by "
-                "`model.compute_loss(x, y, y_pred, sample_weight)`, or use fisher='sampled' and a "
-                "float as `damping`."
-            )
-        (targets,) = tf.nest.flatten(self.targets)
-        return targets
 
     def add_call(self, layer: keras.Layer, call: LayerCall) -> None:
         """Notes a call of `layer`."""

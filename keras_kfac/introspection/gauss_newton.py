@@ -1,25 +1,27 @@
 """Exact Gauss-Newton products and changes of the loss, from replayed forward passes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from keras_kfac.introspection.batch_part import WHOLE, BatchPart, whole_over_part
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart, examples_of, whole_over_part
 from keras_kfac.introspection.forward_pass import ForwardPass
-from keras_kfac.introspection.losses import ModelLoss, single_output
 from keras_kfac.introspection.replay import Weights, tangents
 from keras_kfac.math.linalg import symmetric_matrix, upper_triangle
 
 # Sums over a batch, and differences of losses, need more digits than the terms have.
 _SUM = tf.float64
 
+_Entries = dict[tuple[int, int], tf.Tensor]
+
 
 def products(
     passes: Sequence[ForwardPass],
-    loss: ModelLoss,
     weights: Weights,
     directions: Sequence[Weights],
     part: BatchPart = WHOLE,
+    seed: Any = (0, 0),
 ) -> tf.Tensor:
     """Products `dᵢᵀ C dⱼ` in the generalised Gauss-Newton matrix `C` of the batch's loss.
 
@@ -27,11 +29,12 @@ def products(
     forward-mode derivative of the outputs for each direction.
 
     Args:
-        passes: Forward passes that make up the loss.
-        loss: The loss.
+        passes: Forward passes that make up the loss, with its terms.
         weights: Weights to differentiate by, with their values.
         directions: Directions in the space of these weights; what one leaves out stays as it is.
         part: How much of the batch to take `C` on; it then stands for the whole.
+        seed: Stateless seed, int32 `[2]`, where products are estimates: see
+            `Likelihood.curvature_products`.
 
     Returns:
         Float64 tensor `[len(directions), len(directions)]`, symmetric.
@@ -40,23 +43,46 @@ def products(
     """
     size = len(directions)
     entries = {pair: tf.zeros((), _SUM) for pair in upper_triangle(size)}
-    for forward_pass in passes:
-        outputs = single_output(forward_pass)
-        coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
-        coefficients, examples = tf.cast(coefficients, _SUM), None
-        if not part.is_whole:
-            examples = part.examples(tf.shape(coefficients))
-            coefficients = coefficients[:examples] * whole_over_part(coefficients, examples)
-        natural, vectors = tangents(
-            forward_pass.again, weights, directions, loss.natural_outputs, examples
-        )
-        for i, j in entries:
-            product = loss.known_likelihood.curvature_product(natural, vectors[i], vectors[j])
-            entries[i, j] += tf.reduce_sum(tf.cast(product, _SUM) * coefficients)
+    for index, forward_pass in enumerate(passes):
+        pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
+        for place, product in _of_pass(forward_pass, weights, directions, part, pass_seed):
+            entries[place] += product
     return symmetric_matrix(entries, size)
 
 
-def loss_change(passes: Sequence[ForwardPass], loss: ModelLoss, weights: Weights) -> tf.Tensor:
+def _of_pass(
+    forward_pass: ForwardPass,
+    weights: Weights,
+    directions: Sequence[Weights],
+    part: BatchPart,
+    seed: tf.Tensor,
+) -> list[tuple[tuple[int, int], tf.Tensor]]:
+    """The products of each term of the loss, by their place in the matrix."""
+    terms = forward_pass.terms
+    coefficients = [tf.cast(term.coefficients(), _SUM) for term in terms]
+    examples = None
+    if not part.is_whole:
+        examples = examples_of(part, coefficients)
+        coefficients = [c[:examples] * whole_over_part(c, examples) for c in coefficients]
+
+    def differentiable(outputs: Any) -> list[tf.Tensor]:
+        flat = tf.nest.flatten(outputs)
+        return [term.differentiable(flat[term.index], examples)[0] for term in terms]
+
+    outputs, vectors = tangents(forward_pass.again, weights, directions, differentiable, examples)
+    products = []
+    for index, term in enumerate(terms):
+        _, curvature = term.differentiable(term.outputs, examples)
+        own_seed = tf.random.experimental.stateless_fold_in(seed, index)
+        along = [each[index] for each in vectors]
+        found = curvature.curvature_products(outputs[index], along, own_seed)
+        for place, product in found.items():
+            total = tf.reduce_sum(tf.cast(product, _SUM) * coefficients[index])
+            products.append((place, total))
+    return products
+
+
+def loss_change(passes: Sequence[ForwardPass], weights: Weights) -> tf.Tensor:
     """What the batch's loss changes by if some weights take other values; float64 scalar.
 
     Only the loss of the targets counts; regularisers are the caller's.
@@ -66,10 +92,9 @@ def loss_change(passes: Sequence[ForwardPass], loss: ModelLoss, weights: Weights
     """
     change = tf.zeros((), _SUM)
     for forward_pass in passes:
-        before = single_output(forward_pass)
-        after = tf.nest.flatten(forward_pass.again.outputs(weights))[0]
-        coefficients = tf.cast(loss.coefficients(before, forward_pass.sample_weight), _SUM)
-        targets = forward_pass.single_target()
-        difference = loss.values(targets, after) - loss.values(targets, before)
-        change += tf.reduce_sum(coefficients * tf.cast(difference, _SUM))
+        outputs = tf.nest.flatten(forward_pass.again.outputs(weights))
+        for term in forward_pass.terms:
+            coefficients = tf.cast(term.coefficients(), _SUM)
+            difference = term.values(outputs[term.index]) - term.values(term.outputs)
+            change += tf.reduce_sum(coefficients * tf.cast(difference, _SUM))
     return change

@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from keras_kfac.introspection.adapters import AffineAdapter, LayerAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass
-from keras_kfac.introspection.losses import ModelLoss, single_output
 from keras_kfac.math.linalg import RowPairs
 from keras_kfac.math.structure import products
 
@@ -25,27 +24,23 @@ class GradientRows(NamedTuple):
 
     Attributes:
         forward_pass: The pass, with its targets.
-        loss: What the gradients are of, up to regularisers.
         adapters: Those of dense layers at the end of the network.
     """
 
     forward_pass: ForwardPass
-    loss: ModelLoss
     adapters: Sequence[AffineAdapter]
 
     @classmethod
-    def of(
-        cls, passes: Sequence[ForwardPass], loss: ModelLoss, adapters: Sequence[LayerAdapter]
-    ) -> Self | None:
+    def of(cls, passes: Sequence[ForwardPass], adapters: Sequence[LayerAdapter]) -> Self | None:
         """`None` if there is no such layer.
 
         Args:
             passes: Forward passes that make up the loss.
-            loss: The loss.
             adapters: Those of all layers with blocks.
         """
         forward_pass = passes[0]
-        if len(passes) > 1 or not forward_pass.scored or forward_pass.targets is None:
+        scores = [term.score for term in forward_pass.terms]
+        if len(passes) > 1 or any(not s.is_complete or s.targets is None for s in scores):
             return None
         found: list[AffineAdapter] = []
         for key, (call, *more) in reversed(forward_pass.calls.items()):
@@ -53,7 +48,7 @@ class GradientRows(NamedTuple):
                 break  # The pass backwards ends here: beyond, its cost is not known.
             own = [a for a in adapters if id(a.layer) == key and isinstance(a, AffineAdapter)]
             found += [adapter for adapter in own if _suits(adapter, call.inputs.dtype)]
-        return cls(forward_pass, loss, found) if found else None
+        return cls(forward_pass, found) if found else None
 
     def is_cheaper(self) -> tf.Tensor:
         """Whether the batch is small enough, bool scalar."""
@@ -73,11 +68,9 @@ class GradientRows(NamedTuple):
     def pairs(self) -> dict[int, RowPairs]:
         """The rows, by `id` of the adapter."""
         forward_pass = self.forward_pass
-        targets, outputs = forward_pass.single_target(), single_output(forward_pass)
-        coefficients = self.loss.coefficients(outputs, forward_pass.sample_weight)
+        weighted = [(term, term.coefficients()) for term in forward_pass.terms]
         with forward_pass.tape:
-            values = self.loss.values(targets, outputs)
-            total = tf.reduce_sum(values * tf.cast(coefficients, values.dtype))
+            total = sum(term.weighted_sum(coefficients) for term, coefficients in weighted)
         layers = {id(adapter.layer): adapter.layer for adapter in self.adapters}.values()
         gradients = forward_pass.output_gradients(layers, total, None)
         rows: dict[int, RowPairs] = {}

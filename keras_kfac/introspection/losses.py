@@ -1,46 +1,21 @@
-"""From a Keras loss to the predictive distribution and the scale of its Fisher matrix."""
+"""The losses of a model's outputs, as terms of the total, and the scale of their Fisher matrix."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals
-from keras_kfac.introspection.forward_pass import ForwardPass
-from keras_kfac.math.likelihood import Family, Likelihood
+from keras_kfac.introspection.known_losses import PerPosition, known
+from keras_kfac.introspection.target_curvature import TargetGradients, TargetHessian, is_convex
+from keras_kfac.math.likelihood import Likelihood, OutputCurvature
+from keras_kfac.math.linalg import scalar, with_rank
 
-_CATEGORICAL = Likelihood(Family.CATEGORICAL)
-_BERNOULLI = Likelihood(Family.BERNOULLI, averages_outputs=True)
-_NORMAL = Likelihood(Family.NORMAL, weight_per_output=2.0, averages_outputs=True)
-
-_LOSSES: dict[type[keras.losses.Loss], Likelihood] = {
-    keras.losses.CategoricalCrossentropy: _CATEGORICAL,
-    keras.losses.SparseCategoricalCrossentropy: _CATEGORICAL,
-    keras.losses.BinaryCrossentropy: _BERNOULLI,
-    keras.losses.MeanSquaredError: _NORMAL,
-}
-_FUNCTIONS = {
-    keras.losses.categorical_crossentropy: keras.losses.CategoricalCrossentropy,
-    keras.losses.sparse_categorical_crossentropy: keras.losses.SparseCategoricalCrossentropy,
-    keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
-    keras.losses.mean_squared_error: keras.losses.MeanSquaredError,
-}
-_CHOICES = ", ".join(f"keras.losses.{loss.__name__}" for loss in _LOSSES)
-
-
-class _FunctionLoss(keras.losses.Loss):
-    """A loss function as Keras's `compile` treats it: averaged over the batch."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__(name=getattr(function, "__name__", "loss"))
-        self.function = function
-
-    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
-        return self.function(y_true, y_pred)
-
-    def __repr__(self) -> str:
-        return f"<function {self.name}>"
+_NEGATIVE = (
+    "A Fisher matrix of examples of negative weight may not be positive semi-definite. K-FAC needs "
+    "sample weights that are at least 0."
+)
 
 
 class _Reduction(keras.losses.Loss):
@@ -54,160 +29,204 @@ class _Reduction(keras.losses.Loss):
         return self.values
 
 
-class _PerPosition(keras.losses.Loss):
-    """The values of a loss at each position, not reduced."""
-
-    def __init__(self, loss: keras.losses.Loss) -> None:
-        super().__init__("kfac_values", reduction="none", dtype=loss.dtype)
-        self.loss = loss
-
-    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
-        return self.loss.call(y_true, y_pred)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelLoss:
-    """The loss of a model's output, taken apart.
+class Score(NamedTuple):
+    """A loss of an output, as a term of the total.
 
     Attributes:
         loss: The Keras loss.
-        likelihood: Its predictive distribution; `None` if unknown, which suits the empirical
-            Fisher only.
-        loss_weight: The weight of the loss in the total.
+        outputs: The output.
+        targets: Its targets; of no meaning if nobody saw them.
+        sample_weight: What the examples count; `None` if all the same.
+        weight: What the loss is multiplied by in the total: number or scalar.
+        is_complete: Whether targets and sample weights were seen.
     """
 
     loss: keras.losses.Loss
+    outputs: tf.Tensor
+    targets: Any = None
+    sample_weight: Any = None
+    weight: Any = 1.0
+    is_complete: bool = True
+
+
+def _ignored_class(loss: keras.losses.Loss) -> int | None:
+    return getattr(loss, "ignore_class", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A score whose loss is understood.
+
+    Attributes:
+        score: The score.
+        index: The place of its output among all of the model.
+        likelihood: The predictive distribution; `None` if unknown. The curvature is by the targets
+            then.
+        is_by_position: Whether the loss has one value at each position of the output, as all have
+            whose likelihood K-FAC knows.
+    """
+
+    score: Score
+    index: int
     likelihood: Likelihood | None
-    loss_weight: float = 1.0
+    is_by_position: bool
 
     @property
-    def known_likelihood(self) -> Likelihood:
-        """The predictive distribution.
+    def outputs(self) -> tf.Tensor:
+        """The output."""
+        return self.score.outputs
+
+    @property
+    def targets(self) -> Any:
+        """The targets.
 
         Raises:
-            ValueError: If it is unknown.
+            RuntimeError: If `compute_loss` has not seen them.
         """
-        if self.likelihood is None:
-            raise ValueError(
-                "K-FAC knows no predictive distribution for this loss, so it can't model a step to "
-                "adapt it. Give numbers as `learning_rate`, `momentum` and `damping`. "
-                f"Received: loss={self.loss!r}"
+        if not self.score.is_complete:
+            other = "fisher='sampled' and a float as `damping`"
+            if self.likelihood is None:
+                other = f"KFAC(likelihood=...), as none is known for {self.score.loss!r}"
+            raise RuntimeError(
+                "The empirical Fisher and adaptive damping need the training targets, which K-FAC "
+                "sees in `model.compute_loss` only. In a custom training loop compute the loss by "
+                f"`model.compute_loss(x, y, y_pred, sample_weight)`, or use {other}."
             )
-        return self.likelihood
+        return self.score.targets
 
-    def coefficients(self, outputs: tf.Tensor, sample_weight: Any) -> tf.Tensor:
-        """Derivative of the total loss by the loss value at each position of the outputs.
+    @property
+    def is_empirical(self) -> bool:
+        """Whether only the empirical Fisher matrix is known."""
+        return self.likelihood is None and not self._is_convex
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether examples may count differently."""
+        is_masked = _keras_internals.mask_of(self.outputs) is not None
+        return is_masked or self._ignores or self.score.sample_weight is not None
+
+    @property
+    def _is_convex(self) -> bool:
+        return is_convex(self.score.loss) and self.outputs.shape.rank > 1
+
+    @property
+    def _ignores(self) -> bool:
+        """Whether the loss leaves out the positions of a class."""
+        return self.likelihood is not None and _ignored_class(self.score.loss) is not None
+
+    def coefficients(self) -> tf.Tensor:
+        """Derivative of the total loss by the loss value at each position.
 
         Keras's own reduction is differentiated, so that reductions, sample weights and masks count
         exactly as they do in the loss.
 
         Returns:
-            `[batch, ...]`: the shape of the outputs without their last axis.
+            `[batch, ...]`, as `values`.
         """
-        values = tf.zeros_like(outputs[..., 0], dtype=self.loss.dtype)
+        loss, outputs = self.score.loss, self.outputs
+        if self.score.sample_weight is not None:
+            weights = tf.convert_to_tensor(self.score.sample_weight)
+            tf.debugging.assert_non_negative(weights, _NEGATIVE)
+        if self._ignores:
+            classes = tf.reshape(self.targets, tf.shape(outputs)[:-1])
+            counts = tf.not_equal(tf.cast(classes, tf.int64), _ignored_class(loss))
+            outputs = _keras_internals.with_mask(outputs, counts)
+        values = tf.zeros_like(self._own_values(), dtype=loss.dtype)
         with tf.GradientTape() as tape:
             tape.watch(values)
-            total = _Reduction(values, self.loss)(outputs, outputs, sample_weight)
-        return tape.gradient(total, values) * self.loss_weight
+            total = _Reduction(values, loss)(outputs, outputs, self.score.sample_weight)
+        by_value = tape.gradient(total, values) * scalar(self.score.weight, values.dtype)
+        rank = self._rank(by_value)
+        if by_value.shape.rank >= rank:
+            return tf.reduce_sum(by_value, axis=list(range(rank, by_value.shape.rank)))
+        coefficients = _spread(by_value, outputs, rank)
+        share = tf.size(by_value) / tf.size(coefficients)
+        return coefficients * tf.cast(share, coefficients.dtype)
 
-    def values(self, targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-        """The loss at each position of the outputs, `[batch, ...]`."""
-        return _PerPosition(self.loss)(targets, outputs)
+    def values(self, outputs: tf.Tensor) -> tf.Tensor:
+        """The loss at each position if the outputs were these.
 
-    def likelihood_weight(self, outputs: tf.Tensor) -> float:
-        """The factor `w` between loss and negative log-likelihood; 1 if that is unknown."""
-        return 1.0 if self.likelihood is None else self.likelihood.weight(outputs.shape[-1])
-
-    def differentiable_outputs(self, outputs: tf.Tensor) -> tuple[tf.Tensor, Likelihood]:
-        """What to differentiate, and its likelihood: logits where the loss goes back to them.
-
-        Raises:
-            ValueError: If the likelihood is unknown.
+        Returns:
+            `[batch, ...]`: the shape of the outputs without their last axis; without a likelihood,
+            that of the loss's own values. One value for several positions, or for the whole batch,
+            is that of each; several for one are averaged.
         """
-        likelihood = self.known_likelihood
-        if likelihood.family is Family.NORMAL:
-            return outputs, likelihood
+        values = PerPosition(self.score.loss)(self.targets, outputs)
+        rank = self._rank(values)
+        if values.shape.rank >= rank:
+            return tf.reduce_mean(values, axis=list(range(rank, values.shape.rank)))
+        return _spread(values, outputs, rank)
+
+    def _own_values(self) -> tf.Tensor:
+        """A tensor shaped as the values of the loss, not reduced."""
+        if self.is_by_position or not (self.score.is_complete or self.likelihood is None):
+            return self.outputs[..., 0]
+        return PerPosition(self.score.loss)(self.targets, self.outputs)
+
+    def _rank(self, values: tf.Tensor) -> int:
+        """How many axes tell the positions apart."""
+        if self.likelihood is None:
+            return max(values.shape.rank, 1)
+        return max(self.outputs.shape.rank - 1, 1)
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        """The sum of the loss at all positions, with weights for these."""
+        values = self.values(self.outputs)
+        return tf.reduce_sum(values * tf.cast(weights, values.dtype))
+
+    def likelihood_weight(self) -> float:
+        """The factor `w` between loss and negative log-likelihood; 1 if that is unknown."""
+        return 1.0 if self.likelihood is None else self.likelihood.weight(self.outputs)
+
+    def differentiable(
+        self, outputs: tf.Tensor, examples: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, OutputCurvature]:
+        """What to differentiate, and the curvature there: logits where the loss goes back to them.
+
+        Args:
+            outputs: The output of a forward pass,
+            examples: of so many examples, the first ones; `None` for all.
+        """
+        likelihood = self.likelihood
+        if likelihood is None:
+            targets = self.targets if examples is None else self.targets[:examples]
+            term = dataclasses.replace(self, score=self.score._replace(targets=targets))
+            if self._is_convex:
+                return outputs, TargetHessian(term.values)
+            return outputs, TargetGradients(term.values, self.score.loss)
         logits = _keras_internals.loss_logits(outputs)
-        # Keras loses sight of the logits when it casts the outputs to the dtype of the loss.
-        is_seen = outputs.dtype.name == self.loss.dtype
-        if logits is None or not (likelihood.from_probabilities or is_seen):
+        if logits is None or likelihood.of_logits is None:
             return outputs, likelihood
-        return logits, dataclasses.replace(likelihood, from_probabilities=False)
-
-    def natural_outputs(self, outputs: Any) -> tf.Tensor:
-        """The natural outputs of the model's one output."""
-        (output,) = tf.nest.flatten(outputs)
-        differentiable, likelihood = self.differentiable_outputs(output)
-        return likelihood.natural(differentiable)
+        # Keras loses sight of the logits when it casts the outputs to the dtype of the loss.
+        is_seen = outputs.dtype.name == self.score.loss.dtype
+        if likelihood.make is likelihood.of_logits and not is_seen:
+            return outputs, likelihood
+        return logits, dataclasses.replace(likelihood, make=likelihood.of_logits)
 
 
-def resolve_loss(loss: Any, loss_weight: float, empirical: bool) -> ModelLoss:
+def _spread(values: tf.Tensor, outputs: tf.Tensor, rank: int) -> tf.Tensor:
+    """A value for all positions in more axes of the outputs."""
+    return tf.broadcast_to(with_rank(values, rank), tf.shape(outputs)[:rank])
+
+
+def understood(score: Score, index: int, given: Likelihood | None = None) -> Term:
     """Finds the likelihood behind a loss.
 
     Args:
-        loss: What `compile(loss=...)` accepts for one output: name, function or `Loss`.
-        loss_weight: Its weight in the total loss.
-        empirical: Whether an unknown loss will do, for the empirical Fisher.
+        score: The loss, and what it is of.
+        index: The place of the output among all of the model.
+        given: The likelihood, where somebody says it.
 
     Raises:
-        ValueError: For a loss without known likelihood, unless `empirical`.
+        ValueError: For outputs without an axis of features, where the loss needs one, or options
+            of a loss under which it is no likelihood.
     """
-    if isinstance(loss, str):
-        loss = keras.losses.get(loss)
-    if not isinstance(loss, keras.losses.Loss):
-        if not callable(loss):
-            raise ValueError(
-                "K-FAC needs one loss for the model's single output; models with several outputs "
-                f"are not supported yet. Received: loss={loss!r}"
-            )
-        known = _FUNCTIONS.get(loss)
-        loss = _FunctionLoss(loss) if known is None else known()
-    likelihood = _LOSSES.get(type(loss))
-    if likelihood is None:
-        if empirical:
-            return ModelLoss(loss, None, loss_weight)
-        raise ValueError(
-            "K-FAC knows no predictive distribution for this loss. Use one of "
-            f"{_CHOICES} (by name, function or instance), or the Fisher matrix of the training "
-            "targets, KFAC(fisher='empirical'), with numbers as `learning_rate`, `momentum` and "
-            f"`damping`. Received: loss={loss!r}"
-        )
-    _check_supported(loss)
-    if likelihood.family is not Family.NORMAL and not loss.get_config()["from_logits"]:
-        likelihood = dataclasses.replace(likelihood, from_probabilities=True)
-    return ModelLoss(loss, likelihood, loss_weight)
-
-
-def _check_supported(loss: keras.losses.Loss) -> None:
-    config = loss.get_config()
-    if config.get("axis", -1) != -1:
-        raise ValueError(
-            "K-FAC supports losses over the last axis only. "
-            f"Received: {type(loss).__name__}(axis={config['axis']})"
-        )
-    if config.get("ignore_class") is not None:
-        raise ValueError(
-            "K-FAC does not support `ignore_class` yet: the Fisher matrix would count the ignored "
-            "positions. Give them sample weight 0 instead. "
-            f"Received: {type(loss).__name__}(ignore_class={config['ignore_class']})"
-        )
-
-
-def single_output(forward_pass: ForwardPass) -> tf.Tensor:
-    """The output tensor of a model with one output.
-
-    Raises:
-        ValueError: For several outputs, or an output without a feature axis.
-    """
-    outputs = tf.nest.flatten(forward_pass.outputs)
-    if len(outputs) != 1:
-        raise ValueError(
-            "K-FAC does not support models with several outputs yet. "
-            f"Received: a model with {len(outputs)} outputs"
-        )
-    if outputs[0].shape.rank is None or outputs[0].shape.rank < 2:
+    loss, likelihood = known(score.loss)
+    found, rank = given or likelihood, score.outputs.shape.rank
+    if not rank or (rank == 1 and found is not None and not found.averages_outputs):
         raise ValueError(
             "K-FAC needs model outputs of shape (batch, ..., features). "
-            f"Received: outputs of shape {outputs[0].shape}"
+            f"Received: outputs of shape {score.outputs.shape}"
         )
-    return outputs[0]
+    # Keras has one value for all outputs of shape (batch,).
+    return Term(score._replace(loss=loss), index, found, likelihood is not None and rank > 1)

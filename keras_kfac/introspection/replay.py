@@ -105,25 +105,25 @@ def tangents(
     replay: Replay,
     primals: Weights,
     directions: Sequence[Weights],
-    natural_outputs: Any,
+    differentiable: Callable[[Any], list[tf.Tensor]],
     examples: tf.Tensor | int | None,
-) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Derivatives of the natural outputs along directions in weight space, in forward mode.
+) -> tuple[list[tf.Tensor], list[list[tf.Tensor]]]:
+    """Derivatives of the outputs along directions in weight space, in forward mode.
 
     Args:
         replay: The forward pass.
         primals: Weights to differentiate by, with their values.
         directions: Tangents for some of them, and that several times.
-        natural_outputs: Function from the model's outputs to the tensor to differentiate.
+        differentiable: Function from the model's outputs to the tensors to differentiate.
         examples: Use the first so many examples only.
 
     Returns:
-        The natural outputs and their tangents for each direction.
+        These tensors, and for each direction their tangents.
     """
     cut = None if examples is None else lambda x: x[:examples]
 
-    def function(weights: Weights) -> tf.Tensor:
-        return natural_outputs(replay.outputs(weights, cut))
+    def function(weights: Weights) -> list[tf.Tensor]:
+        return differentiable(replay.outputs(weights, cut))
 
     try:
         return _forward_mode(function, primals, directions)
@@ -132,8 +132,8 @@ def tangents(
 
 
 def _forward_mode(
-    function: Callable[[Weights], tf.Tensor], primals: Weights, directions: Sequence[Weights]
-) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    function: Callable[[Weights], list[tf.Tensor]], primals: Weights, directions: Sequence[Weights]
+) -> tuple[list[tf.Tensor], list[list[tf.Tensor]]]:
     results = []
     # Not nested: that would build the derivatives of the derivatives too.
     for direction in directions:
@@ -145,9 +145,9 @@ def _forward_mode(
 
 
 def _double_reverse_mode(
-    function: Callable[[Weights], tf.Tensor], primals: Weights, directions: Sequence[Weights]
-) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """`J d` as the derivative of `uᵀ J d` by `u`, which is linear in `u`.
+    function: Callable[[Weights], list[tf.Tensor]], primals: Weights, directions: Sequence[Weights]
+) -> tuple[list[tf.Tensor], list[list[tf.Tensor]]]:
+    """`J d` as the derivative of `uᵀ J d` by `u`, in which it is linear.
 
     Source: Townsend (2017), "A new trick for calculating Jacobian vector products".
     """
@@ -156,13 +156,14 @@ def _double_reverse_mode(
         with tf.GradientTape(watch_accessed_variables=False) as inner:
             inner.watch(primals)
             outputs = function(primals)
-        vector = tf.zeros_like(outputs)
-        outer.watch(vector)
+        vectors = [tf.zeros_like(output) for output in outputs]
+        outer.watch(vectors)
         back = inner.gradient(
-            outputs, primals, vector, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            outputs, primals, vectors, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
         products = [
             tf.add_n([tf.reduce_sum(back[key] * value) for key, value in direction.items()])
             for direction in directions
         ]
-    return outputs, [outer.gradient(product, vector) for product in products]
+    zero = tf.UnconnectedGradients.ZERO
+    return outputs, [outer.gradient(p, vectors, unconnected_gradients=zero) for p in products]

@@ -6,24 +6,31 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_kfac import _keras_internals
 from keras_kfac.introspection.adapters import LayerAdapter
-from keras_kfac.introspection.batch_part import WHOLE, BatchPart, whole_over_part
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart, examples_of, whole_over_part
 from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
-from keras_kfac.introspection.losses import ModelLoss, single_output
+from keras_kfac.introspection.losses import Term
+from keras_kfac.math.inverses import identity
+from keras_kfac.math.linalg import scalar, with_rank
 
 
 class Fisher(enum.StrEnum):
     """Which Fisher matrix the factors estimate."""
 
     SAMPLED = "sampled"
-    """The true Fisher, from one target per example sampled from the model."""
+    """The true Fisher, from targets sampled from the model."""
 
     EXACT = "exact"
     """The true Fisher without sampling noise: one backward pass per output."""
 
+    PROPAGATED = "curvature_propagation"
+    """The true Fisher, from random signs for the columns of a root of that of the outputs."""
+
     EMPIRICAL = "empirical"
     """Outer products of the gradients of the training loss. A different matrix."""
+
+    FORWARD_ONLY = "forward_only"
+    """No backward pass: output factors are the identity, scaled as the Fisher of the outputs."""
 
 
 # The sampled Fisher matrix is an estimate in any case, averaged over many batches later on. In the
@@ -46,27 +53,32 @@ class BatchStatistics(NamedTuple):
 
 
 class _ScoredPass(NamedTuple):
-    """A forward pass with the derivative of the loss by the loss at each output position.
+    """A forward pass with the derivatives of the loss by the loss at each output position.
 
     Attributes:
+        coefficients: These, for each term of the loss.
+        weights: What each example contributes to the loss, `[batch]`.
+        is_weighted: Whether these can differ.
         examples: How many examples are used, the first ones; `None` for all.
         observed: What the output rows of each adapter's calls depend on beside the gradients, of
             the used examples, by `id` of the adapter and place of the call.
     """
 
     forward_pass: ForwardPass
-    outputs: tf.Tensor
-    coefficients: tf.Tensor
+    coefficients: Sequence[tf.Tensor]
+    weights: tf.Tensor
     is_weighted: bool
     examples: tf.Tensor | None
     observed: dict[int, dict[int, Sequence[Any]]]
 
+    @property
+    def terms(self) -> list[tuple[Term, tf.Tensor]]:
+        """The terms of the loss, with their coefficients."""
+        return list(zip(self.forward_pass.terms, self.coefficients))
+
     def example_weights(self) -> tf.Tensor | None:
         """What each used example contributes to the loss; `None` if all the same."""
-        if not self.is_weighted:
-            return None
-        coefficients = self.coefficients[: self.examples]
-        return tf.reduce_sum(coefficients, axis=list(range(1, coefficients.shape.rank)))
+        return self.weights[: self.examples] if self.is_weighted else None
 
     def used(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | float]:
         """What a tensor of a layer holds of the used examples.
@@ -77,9 +89,9 @@ class _ScoredPass(NamedTuple):
         """
         if self.examples is None:
             return tensor, 1.0
-        size, batch = tf.shape(tensor)[0], tf.shape(self.coefficients)[0]
+        size, batch = tf.shape(tensor)[0], tf.shape(self.weights)[0]
         is_batch = tf.equal(size, batch)
-        scale = whole_over_part(self.coefficients, self.examples)
+        scale = whole_over_part(self.weights, self.examples)
         part = tensor[: tf.where(is_batch, self.examples, size)]
         return part, tf.where(is_batch, scale, 1)
 
@@ -87,10 +99,10 @@ class _ScoredPass(NamedTuple):
 def collect(
     passes: Sequence[ForwardPass],
     adapters: Sequence[LayerAdapter],
-    loss: ModelLoss,
     fisher: Fisher,
     seed: tf.Tensor,
     dtype: tf.DType,
+    samples: int = 1,
 ) -> BatchStatistics:
     """Computes the Kronecker factors of all adapted layers.
 
@@ -98,26 +110,28 @@ def collect(
     adds them up, so do the output factors; the input factors average over all rows.
 
     Args:
-        passes: Forward passes that make up the loss of the step.
+        passes: Forward passes that make up the loss of the step, with its terms.
         adapters: Layers to cover; those that no pass called are left out of the result.
-        loss: The model's loss.
         fisher: Which Fisher matrix.
         seed: Stateless seed, int32 `[2]`, used by the sampled Fisher.
         dtype: Of the factors.
+        samples: How many targets to draw for each example.
     """
     uses = [u for a in adapters for u in a.uses if any(_calls(p, u) for p in passes)]
-    part = SAMPLED_PART if fisher is Fisher.SAMPLED else WHOLE
-    scored = [_score(forward_pass, uses, loss, part, dtype) for forward_pass in passes]
+    part = SAMPLED_PART if fisher in (Fisher.SAMPLED, Fisher.PROPAGATED) else WHOLE
+    scored = [_score(forward_pass, uses, part, dtype) for forward_pass in passes]
     output_factors = {id(u): tf.zeros((), dtype) for u in uses}
     for index, item in enumerate(scored):
         pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
         called = [u for u in uses if _calls(item.forward_pass, u)]
         if fisher is Fisher.EXACT:
-            parts = _exact(item, called, loss, dtype)
-        elif fisher is Fisher.SAMPLED:
-            parts = _sampled(item, called, loss, pass_seed, dtype)
+            parts = _exact(item, called, dtype)
+        elif fisher is Fisher.EMPIRICAL:
+            parts = _empirical(item, called, dtype)
+        elif fisher is Fisher.FORWARD_ONLY:
+            parts = _forward_only(item, called, dtype)
         else:
-            parts = _empirical(item, called, loss, dtype)
+            parts = _mean_of_draws(item, called, fisher, samples, pass_seed, dtype)
         for key, factor in parts.items():
             output_factors[key] += factor
     found = {id(u): (_input_factor(u, scored, dtype), output_factors[id(u)]) for u in uses}
@@ -138,17 +152,16 @@ def _calls(forward_pass: ForwardPass, adapter: LayerAdapter) -> dict[int, LayerC
 def _score(
     forward_pass: ForwardPass,
     adapters: Sequence[LayerAdapter],
-    loss: ModelLoss,
     part: BatchPart,
     dtype: tf.DType,
 ) -> _ScoredPass:
-    outputs = single_output(forward_pass)
-    coefficients = loss.coefficients(outputs, forward_pass.sample_weight)
-    examples = None if part.is_whole else part.examples(tf.shape(coefficients))
-    is_weighted = (
-        forward_pass.sample_weight is not None or _keras_internals.mask_of(outputs) is not None
-    )
-    item = _ScoredPass(forward_pass, outputs, coefficients, is_weighted, examples, {})
+    terms = forward_pass.terms
+    coefficients = [term.coefficients() for term in terms]
+    each = [tf.reduce_sum(c, axis=list(range(1, c.shape.rank))) for c in coefficients]
+    weights = tf.add_n([tf.cast(weights, dtype) for weights in each])
+    examples = None if part.is_whole else examples_of(part, coefficients)
+    is_weighted = any(term.is_weighted for term in terms)
+    item = _ScoredPass(forward_pass, coefficients, weights, is_weighted, examples, {})
 
     def used(thing: Any) -> Any:
         return item.used(tf.cast(thing, dtype))[0] if tf.is_tensor(thing) else thing
@@ -164,7 +177,7 @@ def _score(
 def _examples(item: _ScoredPass, dtype: tf.DType) -> tf.Tensor:
     weights = item.example_weights()
     if weights is None:
-        return tf.cast(tf.shape(item.outputs[: item.examples])[0], dtype)
+        return tf.cast(tf.shape(item.weights[: item.examples])[0], dtype)
     return tf.reduce_sum(tf.cast(weights > 0, dtype))
 
 
@@ -189,19 +202,19 @@ def _input_factor(
 def _check_batch(adapter: LayerAdapter, inputs: tf.Tensor, item: _ScoredPass) -> None:
     if not item.is_weighted:
         return
-    if not inputs.shape[:1].is_compatible_with(item.coefficients.shape[:1]):
+    if not inputs.shape[:1].is_compatible_with(item.weights.shape):
         raise ValueError(
             "With sample weights or masks, K-FAC needs the same batch axis in a layer's input and "
             f"in the model's output. Received: layer {adapter.layer.name!r} with inputs of shape "
-            f"{inputs.shape} and weights of shape {item.coefficients.shape[:1]}"
+            f"{inputs.shape} and weights of shape {item.weights.shape}"
         )
 
 
 def _output_factors(
     item: _ScoredPass,
     adapters: Sequence[LayerAdapter],
-    targets: tf.Tensor,
-    vectors: tf.Tensor | None,
+    targets: tf.Tensor | Sequence[tf.Tensor],
+    vectors: Sequence[tf.Tensor] | None,
     dtype: tf.DType,
 ) -> dict[int, tf.Tensor]:
     """Back-propagates vectors and sums the outer products of what arrives at each layer."""
@@ -220,43 +233,81 @@ def _output_factors(
     return {id(a): sum_over_calls(a) for a in adapters}
 
 
-def _root(coefficients: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    return tf.sqrt(tf.cast(coefficients, dtype))[..., tf.newaxis]
+def _root(coefficients: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    return with_rank(tf.sqrt(tf.cast(coefficients, outputs.dtype)), outputs.shape.rank)
 
 
-def _sampled(
+def _mean_of_draws(
     item: _ScoredPass,
     adapters: Sequence[LayerAdapter],
-    loss: ModelLoss,
+    fisher: Fisher,
+    samples: int,
     seed: tf.Tensor,
     dtype: tf.DType,
 ) -> dict[int, tf.Tensor]:
-    outputs, likelihood = loss.differentiable_outputs(item.outputs)
-    vectors = likelihood.sampled_vector(outputs, seed)
-    vectors *= _root(item.coefficients, outputs.dtype)
-    return _output_factors(item, adapters, outputs, vectors, dtype)
+    draws = []
+    for index in range(samples):
+        own_seed = tf.random.experimental.stateless_fold_in(seed, index) if index else seed
+        draws.append(_drawn(item, adapters, fisher, own_seed, dtype))
+    return {key: tf.add_n([draw[key] for draw in draws]) / samples for key in draws[0]}
+
+
+def _drawn(
+    item: _ScoredPass,
+    adapters: Sequence[LayerAdapter],
+    fisher: Fisher,
+    seed: tf.Tensor,
+    dtype: tf.DType,
+) -> dict[int, tf.Tensor]:
+    """One backward pass: draws for different outputs are independent of each other."""
+    targets: list[tf.Tensor] = []
+    vectors: list[tf.Tensor] = []
+    for index, (term, coefficients) in enumerate(item.terms):
+        outputs, likelihood = term.differentiable(term.outputs)
+        own_seed = tf.random.experimental.stateless_fold_in(seed, index)
+        draw = likelihood.sampled_vector
+        if fisher is Fisher.PROPAGATED:
+            draw = likelihood.propagated_vector
+        vector = draw(outputs, own_seed)
+        targets.append(outputs)
+        vectors.append(vector * _root(coefficients, outputs))
+    return _output_factors(item, adapters, targets, vectors, dtype)
 
 
 def _exact(
-    item: _ScoredPass, adapters: Sequence[LayerAdapter], loss: ModelLoss, dtype: tf.DType
+    item: _ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
 ) -> dict[int, tf.Tensor]:
-    """One backward pass for each output at each position: no cross terms between positions."""
-    outputs, likelihood = loss.differentiable_outputs(item.outputs)
-    root = _root(item.coefficients, outputs.dtype)
-    width, shape = outputs.shape[-1], tf.shape(outputs)
+    sums = {id(a): tf.zeros(a.factor_shapes[1], dtype) for a in adapters}
+    for term, coefficients in item.terms:
+        for key, own in _exact_of_term(item, term, coefficients, adapters, dtype).items():
+            sums[key] += own
+    return sums
+
+
+def _exact_of_term(
+    item: _ScoredPass,
+    term: Term,
+    coefficients: tf.Tensor,
+    adapters: Sequence[LayerAdapter],
+    dtype: tf.DType,
+) -> dict[int, tf.Tensor]:
+    """A backward pass for each column at each position: no cross terms between positions."""
+    outputs, likelihood = term.differentiable(term.outputs)
+    root = _root(coefficients, outputs)
+    columns, shape = likelihood.columns(outputs), tf.shape(outputs)
     positions = tf.reduce_prod(shape[1:-1])
-    position_shape = tf.concat([[1], shape[1:-1], [1]], axis=0)
+    position_shape = tf.concat([[1], shape[1:-1], [1]], axis=0)[: outputs.shape.rank]
 
     def add_column(index: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        position = tf.one_hot(index // width, positions, dtype=outputs.dtype)
-        column = likelihood.root_column(outputs, index % width)
+        position = tf.one_hot(index // columns, positions, dtype=outputs.dtype)
+        column = likelihood.root_column(outputs, index % columns)
         column *= root * tf.reshape(position, position_shape)
         parts = _output_factors(item, adapters, outputs, column, dtype)
         return index + 1, *(total + parts[id(a)] for a, total in zip(adapters, sums))
 
     sums = [tf.zeros(a.factor_shapes[1], dtype) for a in adapters]
     _, *sums = tf.while_loop(
-        lambda index, *_: index < width * positions,
+        lambda index, *_: index < columns * positions,
         add_column,
         (tf.constant(0), *sums),
         parallel_iterations=1,
@@ -265,17 +316,28 @@ def _exact(
 
 
 def _empirical(
-    item: _ScoredPass, adapters: Sequence[LayerAdapter], loss: ModelLoss, dtype: tf.DType
+    item: _ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
 ) -> dict[int, tf.Tensor]:
     """Gradients of the training loss, scaled so that the outer products are on the Fisher's scale.
 
-    With the loss `Σ c_p ℓ_p` and `ℓ_p = -w log r`, the matrix is `Σ c_p / w ∇ℓ_p ∇ℓ_pᵀ`.
+    With the loss `Σ c_p ℓ_p` and `ℓ_p = -w log r`, the matrix is `Σ c_p / w ∇ℓ_p ∇ℓ_pᵀ`, but for
+    products between positions, and between outputs.
     """
-    forward_pass = item.forward_pass
-    targets = forward_pass.single_target()
-    weight = loss.likelihood_weight(item.outputs)
-    with forward_pass.tape:
-        values = loss.values(targets, item.outputs)
-        scaled = values * tf.cast(tf.sqrt(item.coefficients / weight), values.dtype)
-        total = tf.reduce_sum(scaled)
+    scaled = [(t, tf.sqrt(c / scalar(t.likelihood_weight(), c.dtype))) for t, c in item.terms]
+    with item.forward_pass.tape:
+        total = sum(term.weighted_sum(weights) for term, weights in scaled)
     return _output_factors(item, adapters, total, None, dtype)
+
+
+def _forward_only(
+    item: _ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
+) -> dict[int, tf.Tensor]:
+    """The identity, times the weight between loss and negative log-likelihood of all terms.
+
+    Source: Benzing (2022), arXiv:2201.12250, "Gradient descent on neurons and its link to
+    approximate second-order optimization" (FOOF).
+    """
+    scale = tf.zeros((), dtype)
+    for term, coefficients in item.terms:
+        scale += term.likelihood_weight() * tf.cast(tf.reduce_sum(coefficients), dtype)
+    return {id(a): scale * identity(a.factor_shapes[1], dtype) for a in adapters}

@@ -8,145 +8,309 @@ outer products are, exactly or in expectation, `w F`:
 * *sampled* (the true Fisher, Monte Carlo): `√w ∇_f(-log r(ŷ | f))` with `ŷ ~ r(· | f)`;
 * *exact* (type-2): columns `s_c` of a root, `Σ_c s_c s_cᵀ = w F`.
 
-Both are formed for *natural* outputs (logits, or the mean of a normal distribution) and pulled
-back to what the model puts out. Source: Martens (2020), "New insights and perspectives on the
-natural gradient method", JMLR 21, sections 5, 8 and 9.
+The first needs a distribution that can be sampled, the second one whose information is known in
+closed form (`families.py`): for its parameters, from where derivatives lead to the outputs.
+Source: Martens (2020), "New insights and perspectives on the natural gradient method", JMLR 21,
+sections 5, 8 and 9.
 """
 
+import abc
 import dataclasses
-import enum
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from keras_kfac.math.linalg import scalar
+from keras_kfac.math.draws import draw
+from keras_kfac.math.families import form_of
+from keras_kfac.math.huber import Huber
+from keras_kfac.math.information import Form, Parameters
+from keras_kfac.math.linalg import scalar, upper_triangle
+
+tfd = tfp.distributions
+
+Make: TypeAlias = Callable[[tf.Tensor], Any]
+"""From outputs `[..., width]` to a TFP distribution with a batch index for each position."""
+
+Products: TypeAlias = dict[tuple[int, int], tf.Tensor]
+"""Products of pairs of directions, by their place in the upper triangle."""
+
+
+def products_of(components: Sequence[tf.Tensor]) -> Products:
+    """Those of a matrix that is one outer product, from the components along its vector."""
+    pairs = upper_triangle(len(components))
+    return {(i, j): components[i] * components[j] for i, j in pairs}
+
 
 # Probabilities are clipped to [_FLOOR, 1 - _FLOOR], as Keras clips them in its losses.
 _FLOOR = 1e-7
 
 
-class Family(enum.Enum):
-    """Distributions of a vector of outputs; each says what its natural outputs are."""
-
-    CATEGORICAL = "categorical"  # logits of one draw among the outputs
-    BERNOULLI = "bernoulli"  # logits of one independent draw for each output
-    NORMAL = "normal"  # means, unit variance
+def categorical(logits: tf.Tensor) -> Any:
+    """One draw among the outputs."""
+    return tfd.Categorical(logits=logits)
 
 
-@dataclasses.dataclass(frozen=True)
-class Likelihood:
-    """The predictive distribution `r(y | outputs)` behind a loss `-w log r`.
+def categorical_of_probabilities(outputs: tf.Tensor) -> Any:
+    """One draw among the outputs, which need not add up to 1."""
+    return categorical(tf.math.log(tf.maximum(outputs, _FLOOR)))
 
-    Attributes:
-        family: The distribution over the last axis of the outputs.
-        from_probabilities: Whether the outputs are probabilities and not logits.
-        weight_per_output: `w` times the number of outputs: the losses that average over the last
-            axis have `w = weight_per_output / outputs`.
-        averages_outputs: Whether the loss averages over the last axis.
+
+def bernoulli(logits: tf.Tensor) -> Any:
+    """An independent draw for each output."""
+    return tfd.Independent(tfd.Bernoulli(logits, dtype=logits.dtype), 1)
+
+
+def bernoulli_of_probabilities(outputs: tf.Tensor) -> Any:
+    """An independent draw for each output."""
+    probabilities = tf.clip_by_value(outputs, _FLOOR, 1 - _FLOOR)
+    return bernoulli(tf.math.log(probabilities) - tf.math.log1p(-probabilities))
+
+
+def normal(means: tf.Tensor) -> Any:
+    """Independent numbers of variance 1."""
+    return tfd.Independent(tfd.Normal(means, tf.ones((), means.dtype)), 1)
+
+
+def laplace(medians: tf.Tensor) -> Any:
+    """Independent numbers whose distance from the medians has mean 1."""
+    return tfd.Independent(tfd.Laplace(medians, tf.ones((), medians.dtype)), 1)
+
+
+def logistic(means: tf.Tensor) -> Any:
+    """Independent numbers whose `-log r` is `2 log cosh` of the distance from the mean."""
+    return tfd.Independent(tfd.Logistic(means, tf.constant(0.5, means.dtype)), 1)
+
+
+def poisson(rates: tf.Tensor) -> Any:
+    """Independent counts."""
+    return tfd.Independent(tfd.Poisson(tf.maximum(rates, _FLOOR)), 1)
+
+
+def normal_of_logarithm(outputs: tf.Tensor) -> Any:
+    """Independent normal numbers, `log(1 + y)` of what is predicted."""
+    return normal(tf.math.log1p(tf.maximum(outputs, _FLOOR)))
+
+
+def huber(threshold: float) -> Make:
+    """Independent numbers whose `-log r` is Huber's function of the distance."""
+    return lambda means: tfd.Independent(Huber(means, threshold), 1)
+
+
+class _Seen(NamedTuple):
+    """A distribution whose information is known, and how its parameters depend on the outputs."""
+
+    outputs: tf.Tensor
+    form: Form
+    parameters: Parameters
+    varies: Sequence[bool]
+    tape: tf.GradientTape
+
+
+class OutputCurvature(abc.ABC):
+    """A matrix `w F` for each position of the outputs of a model, as curvature of its loss.
+
+    Outputs are `[..., width]`, or `[batch]`, which stands for `[batch, 1]`.
     """
 
-    family: Family
-    from_probabilities: bool = False
-    weight_per_output: float = 1.0
-    averages_outputs: bool = False
-
-    def weight(self, width: int) -> float:
-        """The factor `w` for outputs of the given width."""
-        return self.weight_per_output / (width if self.averages_outputs else 1)
-
-    def natural(self, outputs: tf.Tensor) -> tf.Tensor:
-        """Natural outputs, in float32 or float64."""
-        if outputs.dtype not in (tf.float32, tf.float64):
-            outputs = tf.cast(outputs, tf.float32)
-        if not self.from_probabilities:
-            return outputs
-        if self.family is Family.CATEGORICAL:
-            return tf.math.log(tf.maximum(outputs, _FLOOR))
-        probabilities = tf.clip_by_value(outputs, _FLOOR, 1 - _FLOOR)
-        return tf.math.log(probabilities) - tf.math.log1p(-probabilities)
-
-    def distribution(self, natural: tf.Tensor) -> Any:
-        """TFP distribution with one batch entry for each position of the outputs."""
-        tfd = tfp.distributions
-        if self.family is Family.CATEGORICAL:
-            return tfd.Categorical(logits=natural)
-        if self.family is Family.BERNOULLI:
-            return tfd.Independent(
-                tfd.Bernoulli(logits=natural, dtype=natural.dtype), reinterpreted_batch_ndims=1
-            )
-        scale = tf.ones((), natural.dtype)
-        return tfd.Independent(tfd.Normal(natural, scale), reinterpreted_batch_ndims=1)
-
+    @abc.abstractmethod
     def sampled_vector(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """`√w` times the gradient of `-log r(ŷ | f)` for targets sampled from the model.
+        """A vector whose outer product is the matrix, at least on average.
 
         Args:
-            outputs: `[..., width]`, one distribution for each leading index.
+            outputs: `[..., width]`, with a matrix for each leading index.
             seed: Stateless seed, int32 `[2]`.
 
         Returns:
             Tensor shaped as `outputs`, independent between leading indices.
         """
-        outputs = tf.stop_gradient(outputs)
-        with tf.GradientTape() as tape:
-            tape.watch(outputs)
-            distribution = self.distribution(self.natural(outputs))
-            targets = tf.stop_gradient(distribution.sample(seed=seed))
-            negative_log_likelihood = -distribution.log_prob(targets)
-        gradient = tape.gradient(negative_log_likelihood, outputs)
-        return gradient * scalar(self.weight(outputs.shape[-1]) ** 0.5, outputs.dtype)
 
-    def root_column(self, outputs: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-        """Column `index` of a root of `w F`: `[..., width]`; there are `width` columns.
+    @abc.abstractmethod
+    def columns(self, outputs: tf.Tensor) -> int:
+        """How many columns a root of the matrix has.
 
-        Example:
-        >>> normal = Likelihood(Family.NORMAL, weight_per_output=2.0, averages_outputs=True)
-        >>> normal.root_column(tf.zeros([1, 2]), 0).numpy().tolist()  # √(2/2) e_0
-        [[1.0, 0.0]]
+        Raises:
+            ValueError: If there is no closed form.
         """
-        outputs = tf.stop_gradient(outputs)
-        width = outputs.shape[-1]
-        with tf.GradientTape() as tape:
-            tape.watch(outputs)
-            natural = self.natural(outputs)
-        # The column is stated for the natural outputs; the tape's Jacobian brings it back.
-        unit = tf.one_hot(index, width, dtype=natural.dtype)
-        if self.family is Family.CATEGORICAL:
-            probabilities = tf.nn.softmax(natural)
-            chosen = tf.gather(probabilities, [index], axis=-1)
-            column = tf.sqrt(chosen) * (unit - probabilities)
-        elif self.family is Family.BERNOULLI:
-            column = unit * tf.sqrt(tf.sigmoid(natural) * tf.sigmoid(-natural))
-        else:
-            column = tf.broadcast_to(unit, tf.shape(natural))
-        column = column * scalar(self.weight(width) ** 0.5, natural.dtype)
-        return tape.gradient(natural, outputs, output_gradients=column)
 
-    def curvature_product(self, natural: tf.Tensor, u: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
-        """`uᵀ (w F) v` for directions `u` and `v` in the space of natural outputs.
+    @abc.abstractmethod
+    def root_column(self, outputs: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        """Column `index` of a root of the matrix: `[..., width]`.
+
+        Raises:
+            ValueError: If there is no closed form.
+        """
+
+    @abc.abstractmethod
+    def propagated_vector(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """All columns with random signs: a vector whose outer product is the matrix on average.
+
+        Raises:
+            ValueError: If there is no closed form.
+        """
+
+    def curvature_products(
+        self, outputs: tf.Tensor, directions: Sequence[tf.Tensor], seed: tf.Tensor
+    ) -> Products:
+        """`uᵀ (w F) v` for all pairs of directions in the space of the outputs.
 
         Args:
-            natural: Natural outputs, `[..., width]`.
-            u: A direction for each position, `[..., width]`.
-            v: Another.
+            outputs: `[..., width]`.
+            directions: Shaped as the outputs.
+            seed: Stateless seed, int32 `[2]`: without a closed form, products are those with
+                `sampled_vector`.
 
         Returns:
-            Tensor `[...]`.
+            Tensors `[...]` by place in the upper triangle.
+        """
+        vector = self.sampled_vector(outputs, seed)
+        return products_of([tf.reduce_sum(vector * u, axis=-1) for u in directions])
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood(OutputCurvature):
+    """The predictive distribution `r(y | outputs)` behind a loss `-w log r`.
+
+    Attributes:
+        make: The distribution of outputs.
+        of_logits: The same of the logits behind the outputs, where these may be probabilities.
+        weight_per_output: `w` times the number of outputs: the losses that average over the last
+            axis have `w = weight_per_output / outputs`.
+        averages_outputs: Whether the loss averages over the last axis.
+    """
+
+    make: Make
+    of_logits: Make | None = None
+    weight_per_output: float = 1.0
+    averages_outputs: bool = False
+
+    def weight(self, outputs: tf.Tensor) -> float:
+        """The factor `w` for outputs as these."""
+        return self.weight_per_output / (_column(outputs).shape[-1] if self.averages_outputs else 1)
+
+    def distribution(self, outputs: tf.Tensor) -> Any:
+        """TFP distribution with one batch entry for each position of the outputs.
+
+        Raises:
+            ValueError: If it has others.
+        """
+        outputs = _column(outputs)
+        distribution = self.make(_wide(outputs))
+        if not distribution.batch_shape.is_compatible_with(outputs.shape[:-1]):
+            raise ValueError(
+                "A likelihood must be one distribution for each position of the outputs "
+                "`[..., width]`: wrap it in `tfp.distributions.Independent` to join those of one "
+                f"position. Received: outputs of shape {outputs.shape}, and {distribution}"
+            )
+        return distribution
+
+    def sampled_vector(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """`√w` times the gradient of `-log r(ŷ | f)` for targets sampled from the model."""
+        outputs = tf.stop_gradient(outputs)
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            distribution = self.distribution(outputs)
+            targets = tf.stop_gradient(draw(distribution, seed))
+            negative_log_likelihood = -distribution.log_prob(targets)
+        gradient = tape.gradient(negative_log_likelihood, outputs)
+        return gradient * scalar(self.weight(outputs) ** 0.5, outputs.dtype)
+
+    def columns(self, outputs: tf.Tensor) -> int:
+        """How many columns a root of `w F` has."""
+        return self._columns(self._exactly(outputs))
+
+    def root_column(self, outputs: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        """Column `index` of a root of `w F`.
 
         Example:
-        >>> bernoulli = Likelihood(Family.BERNOULLI)
-        >>> one = tf.ones([1, 2])
-        >>> bernoulli.curvature_product(tf.zeros([1, 2]), one, one).numpy().tolist()  # Σ p (1 - p)
+        >>> likelihood = Likelihood(normal, weight_per_output=2.0, averages_outputs=True)
+        >>> likelihood.root_column(tf.zeros([1, 2]), 0).numpy().tolist()  # √(2/2) e_0
+        [[1.0, 0.0]]
+        """
+        seen = self._exactly(outputs)
+        unit = tf.one_hot(index, self._columns(seen), dtype=_wide(outputs).dtype)
+        return self._root_product(seen, unit)
+
+    def propagated_vector(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """The sum of all columns with random signs: its outer product is `w F` on average.
+
+        Source: Martens, Sutskever & Swersky (2012), "Estimating the Hessian by back-propagating
+        curvature".
+        """
+        seen = self._exactly(outputs)
+        positions = tf.shape(_column(outputs))[:-1]
+        shape = tf.concat([positions, [self._columns(seen)]], axis=0)
+        bits = tf.random.stateless_uniform(shape, seed, 0, 2, tf.int32)
+        return self._root_product(seen, tf.cast(2 * bits - 1, _wide(outputs).dtype))
+
+    def _root_product(self, seen: _Seen, z: tf.Tensor) -> tf.Tensor:
+        product = seen.form.root_product(seen.parameters, seen.varies, z)
+        used = [(p, part) for p, part in zip(seen.parameters, product) if part is not None]
+        # Those of the same column at all positions are one row.
+        parts = [tf.broadcast_to(part, tf.shape(p)) for p, part in used]
+        back = seen.tape.gradient([p for p, _ in used], seen.outputs, parts)
+        return back * scalar(self.weight(seen.outputs) ** 0.5, back.dtype)
+
+    @staticmethod
+    def _columns(seen: _Seen) -> int:
+        return seen.form.columns(seen.parameters, seen.varies)
+
+    def curvature_products(
+        self, outputs: tf.Tensor, directions: Sequence[tf.Tensor], seed: tf.Tensor
+    ) -> Products:
+        """`uᵀ (w F) v` for all pairs of directions.
+
+        Example:
+        >>> one, likelihood = tf.ones([1, 2]), Likelihood(bernoulli)
+        >>> products = likelihood.curvature_products(tf.zeros([1, 2]), [one], tf.zeros(2, tf.int32))
+        >>> products[0, 0].numpy().tolist()  # Σ p (1 - p)
         [0.5]
         """
-        if self.family is Family.CATEGORICAL:
-            probabilities = tf.nn.softmax(natural)
-            u_mean = tf.reduce_sum(probabilities * u, axis=-1, keepdims=True)
-            product = tf.reduce_sum(probabilities * (u - u_mean) * v, axis=-1)
-        elif self.family is Family.BERNOULLI:
-            variances = tf.sigmoid(natural) * tf.sigmoid(-natural)
-            product = tf.reduce_sum(variances * u * v, axis=-1)
-        else:
-            product = tf.reduce_sum(u * v, axis=-1)
-        return product * scalar(self.weight(natural.shape[-1]), product.dtype)
+        seen, places = self._seen(outputs), upper_triangle(len(directions))
+        if seen is None:
+            return super().curvature_products(outputs, directions, seed)
+        tangents = [self._tangents(seen.form, outputs, d) for d in directions]
+        weight = self.weight(outputs)
+        products = {
+            (i, j): seen.form.product(seen.parameters, tangents[i], tangents[j]) for i, j in places
+        }
+        return {place: p * scalar(weight, p.dtype) for place, p in products.items()}
+
+    def _tangents(self, form: Form, outputs: tf.Tensor, direction: tf.Tensor) -> Any:
+        with tf.autodiff.ForwardAccumulator(outputs, direction) as accumulator:
+            parameters = form.parameters(self.distribution(outputs))
+        return tuple(accumulator.jvp(p) for p in parameters)
+
+    def _exactly(self, outputs: tf.Tensor) -> _Seen:
+        seen = self._seen(outputs)
+        if seen is None:
+            raise ValueError(
+                "The Fisher information of this distribution is not known in closed form. Use "
+                "KFAC(fisher='sampled'), or 'empirical'. Received: "
+                f"{self.distribution(outputs)}"
+            )
+        return seen
+
+    def _seen(self, outputs: tf.Tensor) -> _Seen | None:
+        """`None` if there is no closed form."""
+        outputs = tf.stop_gradient(outputs)
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(outputs)
+            distribution = self.distribution(outputs)
+            form = form_of(distribution)
+            parameters = () if form is None else form.parameters(distribution)
+        varies = [tape.gradient(p, outputs) is not None for p in parameters]
+        if form is None or any(v and fixed for v, fixed in zip(varies, form.is_constant)):
+            return None
+        return _Seen(outputs, form, parameters, varies, tape)
+
+
+def _column(outputs: tf.Tensor) -> tf.Tensor:
+    """Outputs that are one number for each example, as those of others."""
+    return outputs[:, tf.newaxis] if outputs.shape.rank == 1 else outputs
+
+
+def _wide(outputs: tf.Tensor) -> tf.Tensor:
+    """In float32 or float64."""
+    return outputs if outputs.dtype in (tf.float32, tf.float64) else tf.cast(outputs, tf.float32)

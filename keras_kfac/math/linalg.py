@@ -43,6 +43,17 @@ def scalar(value: float | tf.Tensor, dtype: tf.DType | str) -> tf.Tensor:
     return tf.constant(value, dtype)
 
 
+def with_rank(tensor: tf.Tensor, rank: int) -> tf.Tensor:
+    """The tensor with axes of size 1 at its end, until it has so many in all.
+
+    Example:
+    >>> with_rank(tf.zeros([2, 3]), 4).shape
+    TensorShape([2, 3, 1, 1])
+    """
+    missing = rank - tensor.shape.rank
+    return tf.reshape(tensor, tf.concat([tf.shape(tensor), [1] * missing], axis=0))
+
+
 def cast(gradient: Gradient, dtype: tf.DType | str) -> Gradient:
     """A gradient in another dtype."""
     if isinstance(gradient, RowPairs):

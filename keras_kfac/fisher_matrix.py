@@ -1,0 +1,294 @@
+"""The Fisher matrix of a model on a batch, for those who study it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from keras_kfac.introspection.forward_pass import recording
+from keras_kfac.introspection.known_losses import as_loss, likelihoods_of
+from keras_kfac.introspection.losses import Score, Term, understood
+from keras_kfac.introspection.observed_losses import observed_losses
+from keras_kfac.introspection.replay import Replay, tangents
+from keras_kfac.introspection.target_curvature import unknown_likelihood
+from keras_kfac.math.likelihood import Likelihood
+from keras_kfac.math.linalg import scalar, with_rank
+
+# What is smaller, relative to a vector that was to be made orthogonal to others, is not sure.
+_ROUNDING = {tf.float32: 1e-4, tf.float64: 1e-10}
+
+
+class FisherMatrix(tf.linalg.LinearOperator):
+    """The Fisher matrix of all trained weights of a model, for its loss on a batch.
+
+    A `tf.linalg.LinearOperator`, so that products (`matvec`, `matmul`) take a derivative in forward
+    mode and one in reverse mode each, and nothing of the size of the matrix is formed, unless
+    `to_dense()` is asked for it. Weights are flattened one after the other, as `flatten` does.
+
+    The matrix is that of the loss as it is, with its reduction, sample weights and loss weights:
+    `E[∇ log r ∇ log rᵀ]` of the predictive distribution `r`, times the weight `w` of the loss
+    `-w log r`, averaged as the loss averages. For the losses that K-FAC knows it equals the
+    generalised Gauss-Newton matrix.
+
+    Args:
+        model: A built model, compiled with a loss.
+        x: Inputs of the batch.
+        y: Targets. They matter for several outputs, to see which loss is of which.
+        sample_weight: As for `fit`.
+        training: Whether the forward pass is one of training: with dropout, and statistics of the
+            batch.
+        damping: `λ >= 0`, float: the matrix is `F + λ I`.
+        likelihood: As for `KFAC`; by default that of the model's optimizer, if it has one.
+
+    Raises:
+        ValueError: If a loss is not known as a likelihood with a closed form.
+
+    Example:
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> fisher = FisherMatrix(model, np.eye(3, dtype="float32"))
+    >>> (3 * fisher.to_dense()[0]).numpy().round().tolist()
+    [2.0, 0.0, 0.0, 2.0]
+
+    Source: Schraudolph (2002); Martens (2020), "New insights and perspectives on the natural
+    gradient method", sections 8 and 9.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        training: bool = False,
+        damping: float = 0.0,
+        likelihood: Any = None,
+    ) -> None:
+        parameters = dict(locals())
+        for name in ("self", "__class__"):
+            parameters.pop(name, None)
+        if not damping >= 0:
+            raise ValueError(f"`damping` must be at least 0. Received: damping={damping!r}")
+        self._model = model
+        self._variables = list(model.trainable_variables)
+        self._damping = damping
+        x = tf.nest.map_structure(tf.convert_to_tensor, x)
+        self._replay = Replay(model, (x,), {"training": training})
+        with recording([]) as recorded:
+            outputs = model(x, training=training)
+        given = _given_likelihoods(model, likelihood, outputs)
+        self._terms = _terms(model, x, y, outputs, sample_weight, given)
+        for term in self._terms:
+            if term.is_empirical:
+                raise unknown_likelihood(term.score.loss)
+            differentiable, curvature = term.differentiable(term.outputs)
+            curvature.columns(differentiable)  # Raises if there is no closed form.
+        self._size = sum(int(v.value.shape.num_elements()) for v in self._variables)
+        self._products = tf.function(
+            lambda vectors: tf.map_fn(self._product, vectors), reduce_retracing=True
+        )
+        super().__init__(
+            dtype=tf.as_dtype(self._variables[0].dtype),
+            is_self_adjoint=True,
+            is_positive_definite=damping > 0 or None,
+            is_square=True,
+            parameters=parameters,
+        )
+
+    def flatten(self, values: Sequence[Any]) -> tf.Tensor:
+        """Tensors shaped as the trained weights, as one vector.
+
+        Args:
+            values: In the order of `model.trainable_variables`.
+        """
+        flat = [tf.reshape(tf.cast(value, self.dtype), [-1]) for value in values]
+        return tf.concat(flat, axis=0)
+
+    def unflatten(self, vector: tf.Tensor) -> list[tf.Tensor]:
+        """The inverse of `flatten`."""
+        sizes = [int(v.value.shape.num_elements()) for v in self._variables]
+        parts = tf.split(tf.cast(vector, self.dtype), sizes)
+        return [tf.reshape(part, v.shape) for part, v in zip(parts, self._variables)]
+
+    def natural_gradient(
+        self, gradients: Sequence[Any], tolerance: float = 1e-5, max_iterations: int = 100
+    ) -> list[tf.Tensor]:
+        """`(F + λ I)⁻¹ ∇`, by conjugate gradients.
+
+        Args:
+            gradients: `∇`, in the order of `model.trainable_variables`.
+            tolerance: Where to stop, as the norm of the residual over that of the gradient.
+            max_iterations: Where to stop at the latest.
+
+        Returns:
+            Tensors shaped as the gradients.
+
+        Raises:
+            ValueError: Without damping: the matrix could be singular.
+        """
+        if self._damping == 0:
+            raise ValueError(
+                "Conjugate gradients need a matrix that is positive definite. Make it with "
+                "`damping`. Received: damping=0"
+            )
+        state = tf.linalg.experimental.conjugate_gradient(
+            self, self.flatten(gradients), tol=tolerance, max_iter=max_iterations
+        )
+        return self.unflatten(state.x)
+
+    def trace_estimate(self, draws: int = 10, seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
+        """The trace of the matrix, without the matrix.
+
+        Args:
+            draws: Number of random vectors of signs.
+            seed: Of these.
+
+        Returns:
+            An unbiased estimate, and its standard error.
+
+        Source: Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix".
+        """
+        bits = tf.random.stateless_uniform([self._size, draws], [seed, 0], 0, 2, tf.int32)
+        signs = tf.cast(2 * bits - 1, self.dtype)
+        each = tf.reduce_sum(signs * self.matmul(signs), axis=0)
+        error = tf.math.reduce_std(each) / tf.sqrt(scalar(max(draws - 1, 1), self.dtype))
+        return tf.reduce_mean(each), error
+
+    def largest_eigenvalues(self, count: int = 10, steps: int = 0, seed: int = 0) -> tf.Tensor:
+        """The largest eigenvalues, by Lanczos's method.
+
+        Args:
+            count: How many.
+            steps: Products to take; 0 for twice the number and 20.
+            seed: Of the vector to start with.
+
+        Returns:
+            `[count]`, falling.
+
+        Source: Golub & Van Loan (2013), "Matrix Computations", section 10.1, with complete
+        reorthogonalisation.
+        """
+        steps = min(steps or 2 * count + 20, self._size)
+        vector = tf.random.stateless_normal([self._size], [seed, 1], dtype=self.dtype)
+        basis = [vector / tf.norm(vector)]
+        for _ in range(steps - 1):
+            new = self.matvec(basis[-1])
+            length = tf.norm(new)
+            for _ in range(2):  # Once leaves rounding errors that grow.
+                stacked = tf.stack(basis)
+                new -= tf.linalg.matvec(stacked, tf.linalg.matvec(stacked, new), transpose_a=True)
+            # Nothing but rounding errors is left where the vectors span all that there is.
+            is_new = tf.norm(new) > _ROUNDING[self.dtype] * length
+            basis.append(tf.where(is_new, tf.math.divide_no_nan(new, tf.norm(new)), 0))
+        stacked = tf.stack(basis, axis=1)
+        small = tf.matmul(stacked, self.matmul(stacked), transpose_a=True)
+        values = tf.linalg.eigvalsh(0.5 * (small + tf.transpose(small)))
+        return tf.reverse(values, [0])[:count]
+
+    def kl_divergence(self, steps: Sequence[Any], draws: int = 0, seed: int = 0) -> tf.Tensor:
+        """`KL(r_θ ‖ r_θ+δ)` of the predictions, scaled and averaged as the loss is.
+
+        To second order that is `½ δᵀ F δ`.
+
+        Args:
+            steps: `δ`, in the order of `model.trainable_variables`.
+            draws: So many draws from the model in place of the closed form, which TensorFlow
+                Probability does not have for all distributions; 0 for none.
+            seed: Of these.
+        """
+        weights = {id(v): v.value + step for v, step in zip(self._variables, steps)}
+        before, after = (self._differentiable(w) for w in ({}, weights))
+        total = scalar(0.0, self.dtype)
+        for index, term in enumerate(self._terms):
+            likelihood = term.differentiable(term.outputs)[1]
+            if not isinstance(likelihood, Likelihood):
+                raise unknown_likelihood(term.score.loss)
+            old, new = (likelihood.distribution(each[index]) for each in (before, after))
+            if draws:
+                y = old.sample(draws, seed=tf.constant([seed, index]))
+                divergence = tf.reduce_mean(old.log_prob(y) - new.log_prob(y), axis=0)
+            else:
+                divergence = tfp.distributions.kl_divergence(old, new)
+            weighted = divergence * tf.cast(term.coefficients(), divergence.dtype)
+            total += tf.cast(tf.reduce_sum(weighted) * term.likelihood_weight(), self.dtype)
+        return total
+
+    def _differentiable(self, weights: dict[int, tf.Tensor]) -> list[tf.Tensor]:
+        return self._of_outputs(self._replay.outputs(weights))
+
+    def _of_outputs(self, outputs: Any) -> list[tf.Tensor]:
+        flat = tf.nest.flatten(outputs)
+        return [term.differentiable(flat[term.index])[0] for term in self._terms]
+
+    def _shape(self) -> tf.TensorShape:
+        return tf.TensorShape([self._size, self._size])
+
+    def _shape_tensor(self) -> tf.Tensor:
+        return tf.constant([self._size, self._size])
+
+    def _matmul(self, x: tf.Tensor, adjoint: bool = False, adjoint_arg: bool = False) -> tf.Tensor:
+        columns = x if adjoint_arg else tf.linalg.matrix_transpose(x)
+        products = self._products(tf.convert_to_tensor(columns, self.dtype))
+        return tf.linalg.matrix_transpose(products)
+
+    def _product(self, vector: tf.Tensor) -> tf.Tensor:
+        weights = {id(v): tf.convert_to_tensor(v.value) for v in self._variables}
+        direction = dict(zip(weights, self.unflatten(vector)))
+        _, (along,) = tangents(self._replay, weights, [direction], self._of_outputs, None)
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            outputs = self._differentiable(weights)
+        back = [_curvature(term, out, u) for term, out, u in zip(self._terms, outputs, along)]
+        gradients = tape.gradient(outputs, weights, back, unconnected_gradients="zero")
+        return self.flatten(gradients.values()) + scalar(self._damping, self.dtype) * vector
+
+
+def _given_likelihoods(
+    model: keras.Model, likelihood: Any, outputs: Any
+) -> list[Likelihood | None]:
+    """Those that somebody named, by output."""
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if likelihood is None:
+        likelihood = getattr(optimizer, "likelihood", None)
+    return likelihoods_of(likelihood, outputs, getattr(model, "output_names", None))
+
+
+def _terms(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    outputs: Any,
+    sample_weight: Any,
+    given: Sequence[Likelihood | None],
+) -> list[Term]:
+    """The losses of the outputs."""
+    flat = tf.nest.flatten(outputs)
+    if y is None:
+        if len(flat) != 1:
+            raise ValueError(
+                "The Fisher matrix of a model of several outputs needs targets, to see which loss "
+                f"is of which output. Received: y=None for {len(flat)} outputs"
+            )
+        weight = None if sample_weight is None else tf.convert_to_tensor(sample_weight)
+        score = Score(as_loss(model.loss), flat[0], None, weight, is_complete=False)
+        return [understood(score, 0, given[0])]
+    with observed_losses() as observed:
+        total = model.compute_loss(x, y, outputs, sample_weight, training=False)
+    places = {id(output): index for index, output in enumerate(flat)}
+    scores = [(score, places[id(score.outputs)]) for score in observed.scores(total)]
+    return [understood(score, index, given[index]) for score, index in scores]
+
+
+def _curvature(term: Term, outputs: tf.Tensor, direction: tf.Tensor) -> tf.Tensor:
+    """`c w F u` for each position of an output."""
+    _, likelihood = term.differentiable(term.outputs)
+    seed = tf.zeros([2], tf.int32)
+    other = tf.zeros_like(direction)
+    with tf.GradientTape() as tape:
+        tape.watch(other)
+        products = likelihood.curvature_products(outputs, [direction, other], seed)
+    vector = tape.gradient(products[0, 1], other)
+    return vector * with_rank(tf.cast(term.coefficients(), vector.dtype), vector.shape.rank)

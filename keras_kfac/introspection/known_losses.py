@@ -1,0 +1,184 @@
+"""The predictive distributions behind Keras's losses."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kfac.introspection.negative_log_likelihood import NegativeLogLikelihood
+from keras_kfac.math import likelihood as of
+from keras_kfac.math.likelihood import Likelihood
+
+
+class PerPosition(keras.losses.Loss):
+    """The values of a loss at each position, not reduced."""
+
+    def __init__(self, loss: keras.losses.Loss) -> None:
+        super().__init__("kfac_values", reduction="none", dtype=loss.dtype)
+        self.loss = loss
+
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        """The values, `[batch, ...]`."""
+        return self.loss.call(y_true, y_pred)
+
+
+_losses = keras.losses
+
+
+def _crossentropy(
+    of_logits: of.Make, of_probabilities: of.Make, averages_outputs: bool
+) -> Callable[[keras.losses.Loss], Likelihood]:
+    def likelihood(loss: keras.losses.Loss) -> Likelihood:
+        make = of_logits if loss.get_config()["from_logits"] else of_probabilities
+        return Likelihood(make, of_logits, averages_outputs=averages_outputs)
+
+    return likelihood
+
+
+def _mean_over_outputs(
+    make: of.Make, weight: float = 1.0
+) -> Callable[[keras.losses.Loss], Likelihood]:
+    return lambda loss: Likelihood(make, weight_per_output=weight, averages_outputs=True)
+
+
+def _huber(loss: keras.losses.Loss) -> Likelihood:
+    """Keras does not tell the threshold `δ`: far away the loss is `δ z - δ²/2`."""
+    z = 1e4
+    with tf.init_scope():
+        value = float(PerPosition(loss)(tf.zeros([1, 1]), tf.fill([1, 1], z))[0])
+    threshold = 2 * value / (z + math.sqrt(max(z**2 - 2 * value, 0.0)))
+    return Likelihood(of.huber(threshold), averages_outputs=True)
+
+
+_categorical = _crossentropy(of.categorical, of.categorical_of_probabilities, False)
+_LIKELIHOODS: dict[type[keras.losses.Loss], Callable[[keras.losses.Loss], Likelihood]] = {
+    _losses.CategoricalCrossentropy: _categorical,
+    _losses.SparseCategoricalCrossentropy: _categorical,
+    _losses.BinaryCrossentropy: _crossentropy(of.bernoulli, of.bernoulli_of_probabilities, True),
+    _losses.KLDivergence: lambda loss: Likelihood(of.categorical_of_probabilities),
+    _losses.MeanSquaredError: _mean_over_outputs(of.normal, 2.0),
+    _losses.MeanSquaredLogarithmicError: _mean_over_outputs(of.normal_of_logarithm, 2.0),
+    _losses.MeanAbsoluteError: _mean_over_outputs(of.laplace),
+    _losses.LogCosh: _mean_over_outputs(of.logistic, 0.5),
+    _losses.Huber: _huber,
+    _losses.Poisson: _mean_over_outputs(of.poisson),
+}
+_FUNCTIONS = {
+    _losses.categorical_crossentropy: _losses.CategoricalCrossentropy,
+    _losses.sparse_categorical_crossentropy: _losses.SparseCategoricalCrossentropy,
+    _losses.binary_crossentropy: _losses.BinaryCrossentropy,
+    _losses.kl_divergence: _losses.KLDivergence,
+    _losses.mean_squared_error: _losses.MeanSquaredError,
+    _losses.mean_squared_logarithmic_error: _losses.MeanSquaredLogarithmicError,
+    _losses.mean_absolute_error: _losses.MeanAbsoluteError,
+    _losses.log_cosh: _losses.LogCosh,
+    _losses.huber: _losses.Huber,
+    _losses.poisson: _losses.Poisson,
+}
+CHOICES = ", ".join(loss.__name__ for loss in _LIKELIHOODS)
+
+
+class _FunctionLoss(keras.losses.Loss):
+    """A loss function as Keras's `compile` treats it: averaged over the batch."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(name=getattr(function, "__name__", "loss"))
+        self.function = function
+
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        return self.function(y_true, y_pred)
+
+    def __repr__(self) -> str:
+        return f"<function {self.name}>"
+
+
+def as_loss(loss: Any) -> keras.losses.Loss:
+    """A loss by name, function or instance, as Keras's `compile` understands it."""
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    if isinstance(loss, keras.losses.Loss):
+        return loss
+    named = _FUNCTIONS.get(loss)
+    return _FunctionLoss(loss) if named is None else named()
+
+
+def known(loss: keras.losses.Loss) -> tuple[keras.losses.Loss, Likelihood | None]:
+    """A loss, as its class where Keras wrapped a function, and the likelihood behind it.
+
+    Raises:
+        ValueError: For options under which there is none.
+    """
+    if isinstance(loss, NegativeLogLikelihood):
+        return loss, Likelihood(loss.distribution)
+    if type(loss) not in _LIKELIHOODS:
+        named = _FUNCTIONS.get(getattr(loss, "fn", None))
+        if named is None:
+            return loss, None
+        loss = named(reduction=loss.reduction, dtype=loss.dtype)
+    _check_supported(loss)
+    return loss, _LIKELIHOODS[type(loss)](loss)
+
+
+def as_likelihood(given: Any) -> Likelihood:
+    """The likelihood that somebody means.
+
+    Args:
+        given: A Keras loss by name, function or instance, or a function from outputs to a
+            distribution.
+
+    Raises:
+        ValueError: For a loss that has none.
+    """
+    if not isinstance(given, (str, keras.losses.Loss)) and given not in _FUNCTIONS:
+        return Likelihood(given)
+    _, likelihood = known(as_loss(given))
+    if likelihood is None:
+        raise ValueError(
+            "`likelihood` must be a loss with a known predictive distribution, one of keras.losses."
+            f"{CHOICES}, or a function from outputs to a distribution. Received: "
+            f"likelihood={given!r}"
+        )
+    return likelihood
+
+
+def likelihoods_of(
+    given: Any, outputs: Any, names: Sequence[str] | None
+) -> list[Likelihood | None]:
+    """Those that somebody means for the outputs of a model, one after the other.
+
+    Args:
+        given: For a model of one output; or a list or dict of them, by output. `None` for those
+            whose losses say it.
+        outputs: What the model returns.
+        names: Of the outputs, where these are no dict.
+
+    Raises:
+        ValueError: For others than there are outputs.
+    """
+    count = len(tf.nest.flatten(outputs))
+    if given is None:
+        return [None] * count
+    if isinstance(given, dict):
+        keys = sorted(outputs) if isinstance(outputs, dict) else list(names or [])
+        each = [given.get(key) for key in keys]
+        fits = len(keys) == count and set(given) <= set(keys)
+    else:
+        each = list(given) if isinstance(given, (list, tuple)) else [given]
+        fits = len(each) == count
+    if not fits:
+        raise ValueError(
+            "`likelihood` must have an entry for each output of the model, in a list, or in a dict "
+            f"by name. Received: likelihood={given!r} for {count} outputs, names {names}"
+        )
+    return [None if one is None else as_likelihood(one) for one in each]
+
+
+def _check_supported(loss: keras.losses.Loss) -> None:
+    config = loss.get_config()
+    if config.get("axis", -1) != -1:
+        raise ValueError(
+            "K-FAC supports losses over the last axis only. "
+            f"Received: {type(loss).__name__}(axis={config['axis']})"
+        )

@@ -1,0 +1,142 @@
+"""The Fisher matrix as a linear operator."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from keras_kfac import KFAC, FisherMatrix, NegativeLogLikelihood
+from tests import helpers
+from tests.cases import LOSS, LOSSES, mlp, without_head_activation
+from tests.reference import assert_close, dense_ggn
+from tests.test_information import CASES, KL_CASES
+from tests.test_outputs import LOSSES as LOSS_OF
+from tests.test_outputs import ggn, network, targets
+
+tfd = tfp.distributions
+RNG = np.random.default_rng(0)
+
+
+def fisher_of(case, examples=5, **kwargs):
+    model = mlp((4, 3, 3), head=case)
+    model.compile("sgd", case.make())
+    x = RNG.normal(size=(examples, 4))
+    return FisherMatrix(model, x, **kwargs), model, x
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_equals_the_ggn(case, weighted):
+    weights = RNG.uniform(0.5, 2, 5) if weighted else None
+    fisher, model, x = fisher_of(case, sample_weight=weights)
+    y = case.targets(RNG, (5, 3))
+    logits_of = without_head_activation if case.activation else None
+    variables = model.trainable_variables
+    expected = dense_ggn(model, case.make(), x, y, variables, weights, logits_of=logits_of)
+    assert fisher.shape == expected.shape
+    assert_close(fisher.to_dense(), expected)
+    vector = RNG.normal(size=len(expected))
+    assert_close(fisher.matvec(vector), expected @ vector)
+
+
+def test_several_outputs_add_up():
+    names = ["classes", "numbers"]
+    with helpers.precision("float64"):
+        model = network(names, as_dict=True)
+        losses = {name: LOSS_OF[name]() for name in names}
+        model.compile("sgd", losses, loss_weights={"classes": 0.5, "numbers": 2.0})
+        x, y = RNG.normal(size=(6, 4)), targets(names, 6)
+        dense = FisherMatrix(model, x, y).to_dense().numpy()
+        start = 0
+        for layer in (model.get_layer(name) for name in ("trunk", *names)):
+            size = layer.count_params()
+            part = dense[start : start + size, start : start + size]
+            assert_close(part, ggn(model, tf.constant(x), y, None, layer))
+            start += size
+        assert start == len(dense)
+        with pytest.raises(ValueError, match=r"needs targets.* Received: y=None for 2 outputs"):
+            FisherMatrix(model, x)
+
+
+def test_likelihood_is_that_of_the_optimizer_or_given():
+    def own_loss(y_true, y_pred):
+        return tf.reduce_mean(tf.abs(y_true - y_pred) ** 3, axis=-1)
+
+    _, model, x = fisher_of(LOSS["mse"])
+    expected = FisherMatrix(model, x).to_dense()
+    model.compile(KFAC(likelihood="mse"), own_loss)
+    # Keras's reduction of a function is in float32.
+    assert_close(FisherMatrix(model, x).to_dense(), expected, 1e-7)
+    model.compile("sgd", own_loss)
+    assert_close(FisherMatrix(model, x, likelihood="mse").to_dense(), expected, 1e-7)
+    with pytest.raises(ValueError, match=r"no predictive distribution.* Received: loss=.*own_loss"):
+        FisherMatrix(model, x)
+
+
+def test_natural_gradient_solves():
+    fisher, model, _ = fisher_of(LOSSES[0], damping=0.1)
+    gradients = [RNG.normal(size=v.shape) for v in model.trainable_variables]
+    found = fisher.natural_gradient(gradients, tolerance=1e-12, max_iterations=500)
+    expected = np.linalg.solve(fisher.to_dense(), fisher.flatten(gradients))
+    assert_close(fisher.flatten(found), expected, 1e-8)
+    with pytest.raises(ValueError, match=r"positive definite.* Received: damping=0"):
+        fisher_of(LOSSES[0])[0].natural_gradient(gradients)
+
+
+def test_trace_and_eigenvalues():
+    fisher, *_ = fisher_of(LOSSES[0])
+    dense = fisher.to_dense().numpy()
+    estimate, error = fisher.trace_estimate(draws=200)
+    assert abs(estimate - np.trace(dense)) < 4 * error < 0.5 * np.trace(dense)
+    values = np.linalg.eigvalsh(dense)[::-1]
+    assert_close(fisher.largest_eigenvalues(3), values[:3], 1e-8)
+
+
+# Those whose divergence TFP knows in closed form.
+DIVERGENCES = {
+    **KL_CASES,
+    **{
+        name: CASES[name]
+        for name in ("normal", "gumbel", "cauchy", "beta", "bernoulli", "categorical", "bits")
+    },
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergence_is_half_the_square_to_third_order(name):
+    """Identity 18: of twice the step, relative to its square, twice the rest."""
+    case = DIVERGENCES[name]
+    model = mlp((3, 4, case.width))
+    model.compile("sgd", NegativeLogLikelihood(case.make, dtype="float64"))
+    fisher = FisherMatrix(model, RNG.normal(size=(4, 3)))
+    step = fisher.unflatten(RNG.normal(size=fisher.shape[0]))
+    vector = fisher.flatten(step)
+    half = 0.5 * tf.tensordot(vector, fisher.matvec(vector), 1)
+    rests = []
+    for size in (4e-3, 2e-3, 1e-3):
+        divergence = fisher.kl_divergence([size * part for part in step])
+        rests.append(abs(float(divergence / size**2 / half) - 1))
+    assert rests[0] < 0.3
+    assert rests[2] < 0.6 * rests[1] + 1e-6 and rests[1] < 0.6 * rests[0] + 1e-6
+
+
+def test_divergence_by_draws():
+    case = CASES["student-t"]
+    model = mlp((3, 4, case.width))
+    model.compile("sgd", NegativeLogLikelihood(case.make, dtype="float64"))
+    fisher = FisherMatrix(model, RNG.normal(size=(4, 3)))
+    step = [np.full(v.shape, 0.1) for v in model.trainable_variables]
+    vector = fisher.flatten(step)
+    half = 0.5 * tf.tensordot(vector, fisher.matvec(vector), 1)
+    assert float(fisher.kl_divergence(step, draws=100_000) / half) == pytest.approx(1, abs=0.1)
+
+
+def test_distribution_without_closed_form_is_refused():
+    def mixture(outputs):
+        parts = tfd.Normal(outputs[..., :2], tf.exp(outputs[..., 2:4]))
+        return tfd.MixtureSameFamily(tfd.Categorical(outputs[..., 4:]), parts)
+
+    model = mlp((3, 6))
+    model.compile("sgd", NegativeLogLikelihood(mixture, dtype="float64"))
+    with pytest.raises(ValueError, match=r"not known in closed form.* Received: .*Mixture"):
+        FisherMatrix(model, RNG.normal(size=(4, 3)))

@@ -1,0 +1,294 @@
+"""The likelihoods behind Keras's losses: of the right family, and on the right scale."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kfac import KFAC
+from keras_kfac.introspection.losses import Score, understood
+from keras_kfac.math.likelihood import Likelihood, normal
+from tests import helpers
+from tests.cases import factors, mlp
+from tests.reference import assert_close, kron, layer_block
+
+losses = keras.losses
+RNG = np.random.default_rng(0)
+WIDTH = 3
+
+
+def real():
+    return RNG.normal(size=(6, WIDTH)) * 2
+
+
+def positive():
+    return RNG.uniform(0.5, 3, size=(6, WIDTH))
+
+
+def counts():
+    return RNG.integers(0, 5, (6, WIDTH)).astype(float)
+
+
+def probabilities():
+    values = RNG.uniform(0.1, 1, size=(6, WIDTH))
+    return values / values.sum(axis=-1, keepdims=True)
+
+
+def one_hot():
+    return np.eye(WIDTH)[RNG.integers(0, WIDTH, 6)]
+
+
+def bits():
+    return RNG.integers(0, 2, (6, WIDTH)).astype(float)
+
+
+def middle(threshold):
+    """The probability that a draw is nearer than the threshold, by a sum."""
+    z = (np.arange(-600_000, 600_000) + 0.5) * 1e-4
+    h = np.where(np.abs(z) <= threshold, z**2 / 2, threshold * np.abs(z) - threshold**2 / 2)
+    return np.exp(-h)[np.abs(z) <= threshold].sum() / np.exp(-h).sum()
+
+
+def eye(f):
+    return np.broadcast_to(np.eye(WIDTH), (*f.shape, WIDTH))
+
+
+def diagonal(values):
+    return values[..., None] * np.eye(WIDTH)
+
+
+# Loss, targets, outputs, and the Fisher matrix of the outputs at each position.
+CASES = {
+    "mse": (losses.MeanSquaredError, real, real, lambda f: 2 / WIDTH * eye(f)),
+    "mae": (losses.MeanAbsoluteError, real, real, lambda f: eye(f) / WIDTH),
+    "log-cosh": (losses.LogCosh, real, real, lambda f: 2 / 3 / WIDTH * eye(f)),
+    "huber": (losses.Huber, real, real, lambda f: middle(1.0) / WIDTH * eye(f)),
+    "huber-wide": (
+        lambda **k: losses.Huber(delta=2.5, **k),
+        real,
+        real,
+        lambda f: middle(2.5) / WIDTH * eye(f),
+    ),
+    "poisson": (losses.Poisson, counts, positive, lambda f: diagonal(1 / f / WIDTH)),
+    "msle": (
+        losses.MeanSquaredLogarithmicError,
+        positive,
+        positive,
+        lambda f: diagonal(2 / WIDTH / (1 + f) ** 2),
+    ),
+    "bce": (
+        losses.BinaryCrossentropy,
+        bits,
+        probabilities,
+        lambda f: diagonal(1 / (f * (1 - f)) / WIDTH),
+    ),
+    "kld": (losses.KLDivergence, one_hot, probabilities, None),
+    "cce": (losses.CategoricalCrossentropy, one_hot, probabilities, None),
+}
+
+
+def term_of(name, targets, outputs):
+    loss = CASES[name][0](dtype="float64")
+    return understood(Score(loss, tf.constant(outputs), tf.constant(targets)), 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_is_the_negative_log_likelihood_but_for_scale_and_constant(name):
+    _, draw_targets, draw_outputs, _ = CASES[name]
+    targets, first, second = draw_targets(), draw_outputs(), draw_outputs()
+    term = term_of(name, targets, first)
+    likelihood = term.likelihood
+    y = np.argmax(targets, axis=-1) if name in ("kld", "cce") else targets
+    y = np.log1p(targets) if name == "msle" else y  # What the distribution is of.
+    changes = []
+    for outputs in (first, second):
+        outputs = tf.constant(outputs)
+        log_prob = likelihood.distribution(outputs).log_prob(y)
+        changes.append((term.values(outputs), likelihood.weight(outputs) * log_prob))
+    (loss_1, log_1), (loss_2, log_2) = changes
+    # Keras adds 1e-7 here and there.
+    assert_close(loss_2 - loss_1, log_1 - log_2, 2e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[3] is not None])
+def test_fisher_matrix_of_the_outputs(name):
+    _, draw_targets, draw_outputs, expected = CASES[name]
+    outputs = draw_outputs()
+    term = term_of(name, draw_targets(), outputs)
+    columns = [
+        term.likelihood.root_column(term.outputs, i).numpy()
+        for i in range(term.likelihood.columns(term.outputs))
+    ]
+    actual = sum(c[..., :, None] * c[..., None, :] for c in columns)
+    assert_close(actual, expected(outputs), 2e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0, 3.0])
+def test_draws_of_hubers_distribution(threshold):
+    from keras_kfac.math.huber import Huber
+
+    distribution = Huber(tf.constant([2.0, -1.0], tf.float64), threshold)
+    draws = distribution.sample(200_000, seed=tf.constant([1, 2])).numpy() - [2.0, -1.0]
+    z = np.linspace(-60, 60, 2_000_001)
+    density = np.exp(distribution.log_prob(2.0 + z[:, None]))[:, 0] * (z[1] - z[0])
+    assert density.sum() == pytest.approx(1, abs=1e-6)
+    for power in (1, 2, 4):
+        moments = (np.abs(draws) ** power).mean(axis=0)
+        expected = (np.abs(z) ** power * density).sum()
+        error = math.sqrt((np.abs(z) ** (2 * power) * density).sum() / len(draws))
+        assert np.abs(moments - expected).max() < 5 * error
+    assert np.abs((draws > 0).mean(axis=0) - 0.5).max() < 0.01
+    assert distribution.information == pytest.approx(middle(threshold), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mae", "poisson"]
+    + [
+        pytest.param(n, marks=pytest.mark.slow)
+        for n in ("huber", "log_cosh", "msle", "kl_divergence")
+    ],
+)
+def test_learns(name):
+    keras.utils.set_random_seed(0)
+    last = {"poisson": "softplus", "msle": "softplus", "kl_divergence": "softmax"}.get(name)
+    body = [keras.layers.Dense(8, "tanh"), keras.layers.Dense(3, last)]
+    model = keras.Sequential([keras.Input((4,)), *body])
+    x = RNG.normal(size=(128, 4))
+    y = x[:, :3] if last is None else np.exp(x[:, :3])
+    if last == "softmax":
+        y = y / y.sum(axis=1, keepdims=True)
+    model = helpers.compiled(model, KFAC(), name)
+    history = helpers.fit(model, (x, y), epochs=10, batch_size=32).history["loss"]
+    constant = {"poisson": losses.poisson(y, np.maximum(y, 1e-6)).numpy().mean()}.get(name, 0)
+    assert history[-1] - constant < 0.5 * (history[0] - constant)
+    assert not model.optimizer.coverage().empirical_losses
+
+
+@pytest.mark.parametrize("loss", [losses.CosineSimilarity(), losses.BinaryFocalCrossentropy()])
+def test_others_take_the_empirical_fisher_and_say_so(loss):
+    model = helpers.compiled(helpers.mlp(), KFAC(), loss)
+    x = RNG.normal(size=(64, helpers.FEATURES))
+    y = np.eye(3)[np.argmax(x[:, :3], axis=1)]
+    with pytest.warns(UserWarning, match=f"no predictive distribution.* Losses: {loss.name}"):
+        history = helpers.fit(model, (x, y), epochs=5).history["loss"]
+    assert history[-1] < history[0]
+    coverage = model.optimizer.coverage()
+    assert coverage.empirical_losses == [loss.name]
+    assert str(coverage).endswith(f"without known likelihood: {loss.name}.")
+
+
+def test_squared_hinge_takes_its_hessian():
+    """It is convex, so that the generalised Gauss-Newton matrix of the targets serves."""
+    model, x, y = mlp((4, 5, 3)), RNG.normal(size=(1, 4)), np.array([[1.0, 0.0, 1.0]])
+    loss = losses.SquaredHinge(dtype="float64")
+    kwargs = {"y": tf.constant(y)}
+    for (a, g), layer in zip(factors(model, loss, x, **kwargs), model.layers):
+        assert_close(kron(a, g), layer_block(model, loss, x, y, layer))
+    with helpers.precision("float64"):
+        assert not trained(losses.SquaredHinge()).coverage().empirical_losses
+
+
+def trained(loss, shape=(4,), classes=None, **kwargs):
+    """The optimizer of a model that has learnt from one-hot targets."""
+    keras.utils.set_random_seed(0)
+    body = [keras.layers.Dense(8, "tanh"), keras.layers.Dense(3, "softmax")]
+    model = keras.Sequential([keras.Input(shape), *body])
+    model.compile(KFAC(**kwargs), loss)
+    x = np.random.default_rng(0).normal(size=(64, *shape)).astype("float32")
+    y = np.eye(3)[np.argmax(x[..., :3], axis=-1)] if classes is None else classes(x)
+    history = helpers.fit(model, (x, y), epochs=5, batch_size=16).history["loss"]
+    assert history[-1] < history[0]
+    return model.optimizer
+
+
+# ---- Losses whose values are not one for each position ------------------------------------------
+
+
+def per_position(y_true, y_pred):
+    return tf.reduce_mean(tf.abs(y_true - y_pred) ** 3, axis=-1)
+
+
+def elementwise(y_true, y_pred):
+    return tf.abs(y_true - y_pred) ** 3
+
+
+def per_example(y_true, y_pred):
+    return tf.reduce_mean(per_position(y_true, y_pred), axis=1)
+
+
+def of_the_batch(y_true, y_pred):
+    return tf.reduce_mean(per_position(y_true, y_pred))
+
+
+SHAPES = [elementwise, per_example, of_the_batch]
+
+
+class Wrapped(losses.Loss):
+    """A loss class of somebody's own."""
+
+    def __init__(self, function, reduction="sum_over_batch_size"):
+        super().__init__(reduction=reduction, dtype="float64")
+        self.call = function
+
+
+def sequences():
+    """A model of sequences with inputs and targets."""
+    x, y = np.random.default_rng(1).normal(size=(2, 6, 5, 4))
+    model = keras.Sequential([keras.Input((None, 4), dtype="float64"), *mlp((4, 5, 3)).layers])
+    return model, x, y[..., :3]
+
+
+@pytest.mark.parametrize("function", SHAPES)
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+def test_likelihood_given_for_a_loss_is_on_the_same_scale_however_that_is_averaged(
+    function, fisher
+):
+    model, x, y = sequences()
+    kwargs = {"fisher": fisher, "likelihood": Likelihood(normal), "y": tf.constant(y)}
+    expected = factors(model, Wrapped(per_position), x, **kwargs)
+    for (a, g), (b, h) in zip(factors(model, Wrapped(function), x, **kwargs), expected):
+        assert_close(a, b)
+        assert_close(g, h)
+
+
+@pytest.mark.parametrize("function", [per_example, of_the_batch])
+def test_empirical_factors_are_on_the_scale_of_the_average(function):
+    """With a single example, one value of all is one value of its example, and `∇ℓ ∇ℓᵀ` exact."""
+    model, x, y = sequences()
+    x, y = x[:1, :1], y[:1, :1]
+    kwargs = {"fisher": "sampled", "y": tf.constant(y)}
+    expected = factors(model, Wrapped(per_position), x, **kwargs)
+    for (a, g), (b, h) in zip(factors(model, Wrapped(function), x, **kwargs), expected):
+        assert_close(a, b)
+        assert_close(g, h)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "sum_over_batch_size"])
+def test_one_value_of_the_batch_counts_as_the_mean_of_its_examples(reduction):
+    model, x, y = sequences()
+    x, y = x[:, :1], y[:, :1]
+    kwargs = {"fisher": "empirical", "y": tf.constant(y)}
+    expected = factors(model, Wrapped(per_position), x, **kwargs)
+    actual = factors(model, Wrapped(of_the_batch, reduction), x, **kwargs)
+    for (_, g), (_, h) in zip(actual, expected):
+        assert_close(g, h)
+
+
+def labels(x):
+    return np.random.default_rng(0).integers(1, 3, (len(x), 2))
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "classes"),
+    [
+        (losses.CTC(), (6, 4), labels),
+        (of_the_batch, (4,), None),
+    ],
+    ids=["ctc", "of_the_batch"],
+)
+def test_losses_of_other_shapes_learn(loss, shape, classes):
+    with pytest.warns(UserWarning, match="no predictive distribution"):
+        trained(loss, shape, classes)

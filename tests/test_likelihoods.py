@@ -1,0 +1,111 @@
+"""Losses that are likelihoods of any distribution: their Fisher matrix, and how they train."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from keras_kfac import KFAC, NegativeLogLikelihood
+from keras_kfac.math.draws import draw
+from keras_kfac.math.likelihood import Likelihood
+from tests import helpers
+from tests.cases import factors, mlp
+from tests.reference import assert_close, kron
+from tests.test_information import CASES, KL_CASES
+
+tfd = tfp.distributions
+layers = keras.layers
+RNG = np.random.default_rng(0)
+ALL = {**CASES, **KL_CASES}
+SEED = tf.constant([1, 2])
+
+
+def loss_of(case, **kwargs):
+    return NegativeLogLikelihood(case.make, dtype="float64", **kwargs)
+
+
+def dense_fisher(model, case, x, layer):
+    """Of one layer, by the Jacobian of the outputs and the information of each example."""
+    from tests.test_information import fisher_by_products
+
+    with tf.GradientTape() as tape:
+        outputs = model(x)
+    jacobian = tape.jacobian(outputs, [v.value for v in layer.weights])
+    size = int(np.prod(outputs.shape))
+    jacobian = np.concatenate([np.reshape(j, [size, -1]) for j in jacobian], axis=1)
+    jacobian = jacobian.reshape(*outputs.shape, -1)
+    information, _ = fisher_by_products(case, outputs)
+    return np.einsum("nip,nij,njq->pq", jacobian, information, jacobian) / len(x)
+
+
+@pytest.mark.parametrize("name", ["normal", "gamma", "student-t", "poisson", "triangular", "bits"])
+def test_exact_factors_of_one_example_equal_the_fisher_matrix(name):
+    """Identity 5."""
+    case = ALL[name]
+    model = mlp((3, 4, case.width))
+    x = RNG.normal(size=(1, 3))
+    for layer, (a, g) in zip(model.layers, factors(model, loss_of(case), x)):
+        assert_close(kron(a, g), dense_fisher(model, case, x, layer))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sampled_converges_to_exact(name):
+    """Identity 4, in the space of the outputs: as fast as an average of so many draws can."""
+    case, draws = ALL[name], 40_000
+    likelihood = Likelihood(case.make)
+    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (1, case.width)))
+    exact = sum(
+        np.multiply.outer(column, column)
+        for i in range(likelihood.columns(outputs))
+        for column in [likelihood.root_column(outputs, i)[0]]
+    )
+    vectors = likelihood.sampled_vector(tf.tile(outputs, [draws, 1]), SEED).numpy()
+    products = vectors[:, :, None] * vectors[:, None]
+    error = products.std(axis=0) / np.sqrt(draws)
+    assert (np.abs(products.mean(axis=0) - exact) <= 5 * error + 1e-12).all()
+
+
+COMPILED = {"gamma", "binomial", "negative-binomial", "multinomial", "von-mises"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in ALL]
+)
+def test_draws_compile(name):
+    likelihood = Likelihood(ALL[name].make)
+    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (4, ALL[name].width)))
+    compiled = tf.function(lambda x: likelihood.sampled_vector(x, SEED), jit_compile=True)
+    assert np.isfinite(compiled(outputs)).all()
+
+
+def mixture(outputs):
+    """Of two normal distributions."""
+    means, log_scales, logits = tf.split(outputs, 3, axis=-1)
+    parts = tfd.Normal(means, tf.exp(log_scales))
+    return tfd.MixtureSameFamily(tfd.Categorical(logits), parts)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_mixture_learns(fisher):
+    """It has no closed form: factors and products of the model are from draws."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(256, 3)).astype("float32")
+    y = x[:, 0] * rng.choice([-1, 1], 256) + 0.1 * rng.normal(size=256)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(6)]
+    )
+    helpers.compiled(model, KFAC(fisher=fisher), NegativeLogLikelihood(mixture))
+    history = helpers.fit(model, (x, y), epochs=15, batch_size=32).history["loss"]
+    assert history[-1] < history[0] - 0.5
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: tfd.Independent(d, 1)])
+def test_negative_binomial_draws_have_its_moments(wrap):
+    logits = tf.tile(tf.constant([[-0.5, 1.0]], tf.float64), [100_000, 1])
+    distribution = tfd.NegativeBinomial(3.0, logits)
+    drawn = draw(wrap(distribution), SEED).numpy()
+    mean, variance = distribution.mean().numpy()[0], distribution.variance().numpy()[0]
+    assert np.abs(drawn.mean(axis=0) - mean).max() < 5 * np.sqrt(variance / len(drawn)).max()
+    np.testing.assert_allclose(drawn.var(axis=0), variance, rtol=0.05)

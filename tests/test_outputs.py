@@ -1,0 +1,200 @@
+"""Models of several outputs: their losses add up, and so do their Fisher matrices."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from keras_kfac import KFAC, NegativeLogLikelihood
+from tests import helpers
+from tests.cases import LOSS, factors, mlp
+from tests.reference import assert_close, kron
+
+layers = keras.layers
+RNG = np.random.default_rng(0)
+
+
+def learned_scale(outputs):
+    mean, log_scale = tf.unstack(outputs, axis=-1)
+    return tfp.distributions.Normal(mean, tf.exp(log_scale))
+
+
+LOSSES = {
+    "classes": lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    "numbers": lambda: "mse",
+    "scale": lambda: NegativeLogLikelihood(learned_scale),
+}
+WIDTHS = {"classes": 3, "numbers": 2, "scale": 2}
+
+
+def network(names, as_dict=False):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((4,))
+    h = layers.Dense(5, "tanh", bias_initializer="random_normal", name="trunk")(x)
+    outputs = {name: layers.Dense(WIDTHS[name], name=name)(h) for name in names}
+    return keras.Model(x, outputs if as_dict else list(outputs.values()))
+
+
+def targets(names, examples):
+    y = {
+        "classes": RNG.integers(0, 3, examples),
+        "numbers": RNG.normal(size=(examples, 2)),
+        "scale": RNG.normal(size=examples),
+    }
+    return {name: y[name] for name in names}
+
+
+def in_form(values, form):
+    return values if form == "dict" else list(values.values())
+
+
+def ggn(model, x, y, sample_weight, layer):
+    """Of the total loss as Keras computes it: Jacobian and Hessian of each output by itself."""
+    with tf.GradientTape(persistent=True) as tape:
+        outputs = tf.nest.flatten(model(x, training=True))
+    total = 0
+    for index, output in enumerate(outputs):
+        size = int(np.prod(output.shape))
+        jacobian = tape.jacobian(output, [v.value for v in layer.weights])
+        if any(j is None for j in jacobian):
+            continue
+        jacobian = np.concatenate([np.reshape(j, [size, -1]) for j in jacobian], axis=1)
+        with tf.GradientTape() as outer:
+            outer.watch(output)
+            with tf.GradientTape() as inner:
+                inner.watch(output)
+                parts = [*outputs[:index], output, *outputs[index + 1 :]]
+                packed = tf.nest.pack_sequence_as(model.output, parts)
+                value = model.compute_loss(x, y, packed, sample_weight)
+            gradient = inner.gradient(value, output)
+        hessian = np.reshape(outer.jacobian(gradient, output), [size, size])
+        total = total + jacobian.T @ hessian @ jacobian
+    return total
+
+
+@pytest.mark.parametrize(
+    ("form", "loss_weights", "weighted"),
+    [("dict", False, False), ("dict", True, True), ("list", True, True)],
+)
+def test_exact_factors_of_one_example_equal_the_ggn(form, loss_weights, weighted):
+    """Identity 5, for losses whose Hessian is their Fisher matrix."""
+    names = ["classes", "numbers"]
+    with helpers.precision("float64"):
+        model = network(names, as_dict=form == "dict")
+        weights = {"classes": 0.3, "numbers": 2.0}
+        optimizer = helpers.kfac(fisher="exact", learning_rate=0.0)
+        model.compile(
+            optimizer,
+            in_form({name: LOSSES[name]() for name in names}, form),
+            loss_weights=in_form(weights, form) if loss_weights else None,
+        )
+        x, y = RNG.normal(size=(1, 4)), in_form(targets(names, 1), form)
+        each = in_form({"classes": np.array([0.5]), "numbers": np.array([3.0])}, form)
+        sample_weight = each if weighted else None
+        optimizer.attach(model)
+        model.train_on_batch(x, y, sample_weight=sample_weight)
+        blocks = {row.layer: i for i, row in enumerate(optimizer.coverage())}
+        for name in ("trunk", *names):
+            prefix = f"block.{blocks[name]}."
+            a, g = (
+                optimizer.model_variables[f"{prefix}{side}_factor"] for side in ("input", "output")
+            )
+            expected = ggn(model, tf.constant(x), y, sample_weight, model.get_layer(name))
+            assert_close(kron(a, g), expected)
+
+
+# ---- Outputs of one number for each example, without an axis of features ------------------------
+
+
+def without_axis(model):
+    """The same numbers, as a vector."""
+    return keras.Sequential([*model.layers, layers.Reshape((), dtype="float64")])
+
+
+@pytest.mark.parametrize("fisher", ["exact", "sampled", "curvature_propagation", "empirical"])
+@pytest.mark.parametrize("name", ["mse", "bce-logits"])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+def test_a_vector_of_outputs_is_a_column(name, fisher, reduction):
+    x = RNG.normal(size=(6, 4))
+    y = RNG.integers(0, 2, (6, 1)).astype(float)
+    model = mlp((4, 3, 1))
+    flat = without_axis(model)
+    flat.build((None, 4))
+    loss = LOSS[name].make(reduction)
+    # Keras averages a vector of outputs in the loss, whatever the reduction.
+    expected = factors(model, LOSS[name].make(), x, y, fisher)
+    for (a, g), (b, h) in zip(factors(flat, loss, x, y[:, 0], fisher), expected):
+        assert_close(a, b)
+        assert_close(g, h)
+
+
+def test_a_vector_of_outputs_learns():
+    keras.utils.set_random_seed(0)
+    body = [layers.Dense(8, "tanh"), layers.Dense(1), layers.Reshape(())]
+    model = helpers.compiled(keras.Sequential([keras.Input((4,)), *body]), KFAC(), "mse")
+    x = RNG.normal(size=(128, 4))
+    history = helpers.fit(model, (x, x[:, 0]), epochs=10, batch_size=32).history["loss"]
+    assert history[-1] < 0.2 * history[0]
+    assert not model.optimizer.coverage().empirical_losses
+
+
+def test_a_vector_of_outputs_is_no_distribution_over_classes():
+    model = helpers.compiled(
+        without_axis(mlp((4, 3, 1))), KFAC(), keras.losses.CategoricalCrossentropy()
+    )
+    with pytest.raises(ValueError, match=r"shape \(batch, ..., features\)"):
+        helpers.fit(model, (RNG.normal(size=(8, 4)), np.ones(8)))
+
+
+@pytest.mark.parametrize(
+    ("fisher", "jit_compile"),
+    [
+        ("sampled", False),
+        ("exact", False),
+        ("empirical", False),
+        pytest.param("sampled", True, marks=pytest.mark.slow),
+    ],
+)
+def test_learns(fisher, jit_compile):
+    names = ["classes", "numbers", "scale"]
+    model = network(names, as_dict=True)
+    loss = {name: LOSSES[name]() for name in names}
+    model.compile(KFAC(fisher=fisher), loss, jit_compile=jit_compile)
+    x = RNG.normal(size=(128, 4))
+    y = {
+        "classes": np.argmax(x[:, :3], axis=1),
+        "numbers": x[:, :2] * 2,
+        "scale": x[:, 3] * 0.1,
+    }
+    history = helpers.fit(model, (x, y), epochs=10, batch_size=32).history["loss"]
+    assert history[-1] < history[0] - 1
+    assert model.optimizer.coverage().fraction == 1
+
+
+@pytest.mark.filterwarnings("ignore:Exception encountered", "ignore:Gradients do not exist")
+def test_an_output_without_loss_has_no_part():
+    """It is called, trained by nothing, and its gradient is `None`."""
+    model = network(["classes", "numbers"], as_dict=True)
+    model.compile(KFAC(), {"classes": LOSSES["classes"]()})
+    x = RNG.normal(size=(64, 4))
+    before = model.get_layer("numbers").kernel.numpy()
+    history = helpers.fit(model, (x, {"classes": np.argmax(x[:, :3], axis=1)}), epochs=5).history
+    assert history["loss"][-1] < 0.7 * history["loss"][0]
+    np.testing.assert_array_equal(model.get_layer("numbers").kernel, before)
+
+
+def test_losses_are_seen_on_this_thread_and_in_training_only():
+    from keras_kfac.introspection.observed_losses import observed_losses
+
+    loss, call = keras.losses.MeanSquaredError(), keras.losses.Loss.__call__
+    one, two = tf.constant([[1.0]]), tf.constant([[2.0]])
+    with observed_losses(), observed_losses() as observed:
+        assert keras.losses.Loss.__call__ is not call
+        total = 3 * loss(one, two) + loss(two, one)
+        ignored = loss(one, one)
+    first, second = observed.scores(total)
+    assert (float(first.weight), float(second.weight)) == (3.0, 1.0)
+    assert first.outputs is two and second.outputs is one
+    assert float(ignored) == 0
+    assert keras.losses.Loss.__call__ is call
