@@ -218,6 +218,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
         return unknown
 
     def _is_burning_in(self) -> tf.Tensor:
+        if not self.burn_in_steps:
+            return tf.constant(False)  # So that nothing is traced for it.
         return tf.convert_to_tensor(self._burnt_in.value < self.burn_in_steps)
 
     def _step_seed(self) -> tf.Tensor:

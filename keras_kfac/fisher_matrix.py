@@ -291,4 +291,6 @@ def _curvature(term: Term, outputs: tf.Tensor, direction: tf.Tensor) -> tf.Tenso
         tape.watch(other)
         products = likelihood.curvature_products(outputs, [direction, other], seed)
     vector = tape.gradient(products[0, 1], other)
-    return vector * with_rank(tf.cast(term.coefficients(), vector.dtype), vector.shape.rank)
+    # Derivatives in forward mode may have lost their shape.
+    coefficients = tf.cast(term.coefficients(), vector.dtype)
+    return vector * with_rank(coefficients, outputs.shape.rank)

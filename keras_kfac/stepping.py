@@ -156,10 +156,16 @@ class SteppingOptimizer(AttachableOptimizer):
             damping = self._adapted_preconditioner_damping(rule, damping, step)
         self.preconditioner_damping.assign(damping)
         turns = curvature.turns
-        for i, blocks in enumerate(turns):
-            # In the middle of its part of the period, where little else is due.
-            due = self._inverses_are_due((i + 0.5) / len(turns))
-            ops.cond(due, partial(curvature.refresh, blocks, damping), lambda: None)
+        # In the middle of its part of the period, where little else is due.
+        due = [self._inverses_are_due((i + 0.5) / len(turns)) for i in range(len(turns))]
+        each = ops.cond(
+            tf.reduce_any(due),
+            lambda: curvature.dampings(damping),
+            lambda: tf.zeros([len(curvature.blocks)], tf.float64),
+        )
+        dampings = tf.unstack(each)
+        for has_come, blocks in zip(due, turns):
+            ops.cond(has_come, partial(curvature.refresh, blocks, dampings), lambda: None)
 
     def _inverses_are_due(self, turn: float = 0.0) -> tf.Tensor:
         return is_due(self.iterations, self._inverse_update_period.value, turn)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import keras
 import tensorflow as tf
-from keras import ops
 
 from keras_kfac.curvature.regularization import l2_coefficient
 from keras_kfac.curvature.spectrum import LayerSpectrum
@@ -86,23 +85,19 @@ class KroneckerBlock:
         """Includes the factors of a batch in the moving averages, unless they are not finite."""
         new_factors = (statistics.input_factor, statistics.output_factor)
         weight = tf.convert_to_tensor(self.weight)
-
-        def include() -> None:
-            new_weight = weight
-            for variable, new in zip((self.input_factor, self.output_factor), new_factors):
-                old = tf.convert_to_tensor(variable)
-                average, new_weight = weighted_average(
-                    old,
-                    weight,
-                    tf.cast(new, old.dtype),
-                    tf.cast(examples, weight.dtype),
-                    tf.cast(decay, old.dtype),
-                )
-                variable.assign(average)
-            self.weight.assign(new_weight)
-
+        new_weight = weight
+        # Not a branch: one for each block takes seconds to trace.
         finite = tf.reduce_all([is_finite(factor) for factor in new_factors])
-        ops.cond(finite, include, lambda: None)
+        for variable, old, new in zip(self._factor_variables, self._factors(), new_factors):
+            average, new_weight = weighted_average(
+                old,
+                weight,
+                tf.cast(new, old.dtype),
+                tf.cast(examples, weight.dtype),
+                tf.cast(decay, old.dtype),
+            )
+            variable.assign(tf.where(finite, average, old))
+        self.weight.assign(tf.where(finite, new_weight, weight))
 
     @property
     def size(self) -> int:
@@ -129,8 +124,12 @@ class KroneckerBlock:
             self.adapter.path, a.numpy(), g.numpy(), float(damping) + float(self._l2)
         )
 
+    @property
+    def _factor_variables(self) -> list[keras.Variable]:
+        return [self.input_factor, self.output_factor]
+
     def _factors(self) -> list[tf.Tensor]:
-        return [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]
+        return [tf.convert_to_tensor(f) for f in self._factor_variables]
 
     def invert(self, damping: tf.Tensor) -> Inverse:
         """The inverse of the damped factors as they are now; not finite where that fails."""
@@ -142,17 +141,14 @@ class KroneckerBlock:
 
     def keep(self, inverse: Inverse) -> None:
         """Keeps an inverse for the next steps; the previous one if it is not finite."""
-
-        def replace() -> None:
-            self.staleness.assign(relative_change(self.inverse, inverse))
-            for variable, part in zip(self._inverse, inverse):
-                variable.assign(part)
-            self.refreshes.assign_add(1)
-
-        def fail() -> None:
-            self.failed_refreshes.assign_add(1)
-
-        ops.cond(tf.reduce_all([is_finite(part) for part in inverse]), replace, fail)
+        finite = tf.reduce_all([is_finite(part) for part in inverse])
+        old = self.inverse
+        change = relative_change(old, inverse)
+        self.staleness.assign(tf.where(finite, change, self.staleness))
+        for variable, before, part in zip(self._inverse, old, inverse):
+            variable.assign(tf.where(finite, part, before))
+        self.refreshes.assign_add(tf.cast(finite, tf.int32))
+        self.failed_refreshes.assign_add(tf.cast(~finite, tf.int32))
 
     @property
     def inverse(self) -> Inverse:

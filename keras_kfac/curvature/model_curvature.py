@@ -15,7 +15,7 @@ from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.statistics import Fisher, collect
 from keras_kfac.math.inverses import Inverse
 from keras_kfac.math.kronecker import block_damping
-from keras_kfac.math.linalg import RowPairs
+from keras_kfac.math.linalg import RowPairs, scalar
 from keras_kfac.math.update_times import in_turns
 
 # Inverses are refreshed in so many turns, for no step to take much longer than another. More do not
@@ -76,30 +76,38 @@ class ModelCurvature:
                 block.update(statistics, batch.examples, decay)
 
     @property
-    def turns(self) -> list[list[KroneckerBlock]]:
-        """The blocks, in turns that are about as dear to refresh."""
-        costs = [block.refresh_cost for block in self.blocks]
-        return [[self.blocks[i] for i in turn] for turn in in_turns(costs, _TURNS)]
+    def turns(self) -> list[list[int]]:
+        """The blocks by index, in turns that are about as dear to refresh."""
+        return in_turns([block.refresh_cost for block in self.blocks], _TURNS)
 
-    def refresh(self, blocks: Sequence[KroneckerBlock], damping: tf.Tensor) -> None:
-        """Computes the inverses of some blocks anew, and keeps those that are finite."""
-        for block, inverse in zip(blocks, self._invert(blocks, damping)):
-            block.keep(inverse)
+    def refresh(self, blocks: Sequence[int], dampings: Sequence[tf.Tensor]) -> None:
+        """Computes the inverses of some blocks anew, and keeps those that are finite.
+
+        Args:
+            blocks: Their indices.
+            dampings: Those of all blocks.
+        """
+        for index in blocks:
+            block = self.blocks[index]
+            block.keep(block.invert(dampings[index]))
 
     def invert(self, damping: tf.Tensor) -> list[Inverse]:
         """The inverses of all damped blocks; not finite where that fails."""
-        return self._invert(self.blocks, damping)
-
-    def _invert(self, blocks: Sequence[KroneckerBlock], damping: tf.Tensor) -> list[Inverse]:
-        each = zip(blocks, self._dampings(blocks, damping))
+        each = zip(self.blocks, tf.unstack(self.dampings(damping)))
         return [block.invert(own) for block, own in each]
 
-    def _dampings(self, blocks: Sequence[KroneckerBlock], damping: tf.Tensor) -> list[tf.Tensor]:
+    def dampings(self, damping: tf.Tensor) -> tf.Tensor:
+        """The damping of each block, `[blocks]`, for one of the model."""
+        damping, sizes = scalar(damping, tf.float64), [block.size for block in self.blocks]
         if not self._spares_weak_blocks:
-            return [damping for _ in blocks]
-        mean = self.mean_eigenvalue()
-        own = [tf.cast(block.trace(), mean.dtype) / block.size for block in blocks]
-        return [block_damping(damping, value, mean) for value in own]
+            return tf.fill([len(sizes)], damping)
+        traces = tf.cast(self._traces(), tf.float64)
+        mean = tf.reduce_sum(traces) / sum(sizes)
+        return block_damping(damping, traces / sizes, mean)
+
+    def _traces(self) -> tf.Tensor:
+        """Those of the blocks, undamped, `[blocks]`."""
+        return tf.stack([tf.cast(block.trace(), self._dtype) for block in self.blocks])
 
     def precondition(
         self,
@@ -140,12 +148,11 @@ class ModelCurvature:
 
     def mean_eigenvalue(self) -> tf.Tensor:
         """Mean eigenvalue of the approximate Fisher matrix, undamped."""
-        trace = tf.add_n([tf.cast(block.trace(), self._dtype) for block in self.blocks])
-        return trace / sum(block.size for block in self.blocks)
+        return tf.reduce_sum(self._traces()) / sum(block.size for block in self.blocks)
 
     def summary(self, damping: tf.Tensor) -> CurvatureSummary:
         """The spectra of all blocks."""
-        each = zip(self.blocks, self._dampings(self.blocks, damping))
+        each = zip(self.blocks, self.dampings(damping))
         return CurvatureSummary(block.spectrum(own) for block, own in each)
 
     def condition_numbers(self) -> dict[str, float]:

@@ -60,6 +60,8 @@ class _ScoredPass(NamedTuple):
         weights: What each example contributes to the loss, `[batch]`.
         is_weighted: Whether these can differ.
         examples: How many examples are used, the first ones; `None` for all.
+        batch: The number of all examples.
+        scale: What sums over these are to be multiplied by to stand for the whole batch.
         observed: What the output rows of each adapter's calls depend on beside the gradients, of
             the used examples, by `id` of the adapter and place of the call.
     """
@@ -69,6 +71,8 @@ class _ScoredPass(NamedTuple):
     weights: tf.Tensor
     is_weighted: bool
     examples: tf.Tensor | None
+    batch: tf.Tensor
+    scale: tf.Tensor
     observed: dict[int, dict[int, Sequence[Any]]]
 
     @property
@@ -80,20 +84,23 @@ class _ScoredPass(NamedTuple):
         """What each used example contributes to the loss; `None` if all the same."""
         return self.weights[: self.examples] if self.is_weighted else None
 
-    def used(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | float]:
+    def used(self, tensor: tf.Tensor) -> tf.Tensor:
         """What a tensor of a layer holds of the used examples.
 
-        Returns:
-            That part, and what sums over it are to be multiplied by to stand for the whole. A
-            tensor whose first axis is not the batch is all used.
+        One whose first axis is not the batch is all used.
         """
         if self.examples is None:
-            return tensor, 1.0
-        size, batch = tf.shape(tensor)[0], tf.shape(self.weights)[0]
-        is_batch = tf.equal(size, batch)
-        scale = whole_over_part(self.weights, self.examples)
-        part = tensor[: tf.where(is_batch, self.examples, size)]
-        return part, tf.where(is_batch, scale, 1)
+            return tensor
+        return tensor[: tf.where(self._has_batch(tensor), self.examples, tf.shape(tensor)[0])]
+
+    def scale_of(self, tensor: tf.Tensor) -> tf.Tensor:
+        """What sums over that are to be multiplied by to stand for the whole batch."""
+        if self.examples is None:
+            return self.scale
+        return tf.where(self._has_batch(tensor), self.scale, 1)
+
+    def _has_batch(self, tensor: tf.Tensor) -> tf.Tensor:
+        return tf.equal(tf.shape(tensor)[0], self.batch)
 
 
 def collect(
@@ -161,10 +168,12 @@ def _score(
     weights = tf.add_n([tf.cast(weights, dtype) for weights in each])
     examples = None if part.is_whole else examples_of(part, coefficients)
     is_weighted = any(term.is_weighted for term in terms)
-    item = _ScoredPass(forward_pass, coefficients, weights, is_weighted, examples, {})
+    scale = tf.ones((), dtype) if examples is None else whole_over_part(weights, examples)
+    batch = tf.shape(weights)[0]
+    item = _ScoredPass(forward_pass, coefficients, weights, is_weighted, examples, batch, scale, {})
 
     def used(thing: Any) -> Any:
-        return item.used(tf.cast(thing, dtype))[0] if tf.is_tensor(thing) else thing
+        return item.used(tf.cast(thing, dtype)) if tf.is_tensor(thing) else thing
 
     for adapter in adapters:
         item.observed[id(adapter)] = {
@@ -190,8 +199,7 @@ def _input_factor(
         for index, call in _calls(item.forward_pass, adapter).items():
             observed = item.observed[id(adapter)][index]
             _check_batch(adapter, call.inputs, item)
-            inputs, scale = item.used(call.inputs)
-            scale = tf.cast(scale, dtype)
+            inputs, scale = item.used(call.inputs), item.scale_of(call.inputs)
             # What takes a part of the batch takes a part of the positions, too.
             part = adapter if item.examples is None else adapter.thinned(inputs)
             moment, moment_weight = part.input_moment(inputs, example_weights, dtype, *observed)
@@ -221,9 +229,9 @@ def _output_factors(
     gradients = item.forward_pass.output_gradients([a.layer for a in adapters], targets, vectors)
 
     def factor(adapter: LayerAdapter, gradient: Any, observed: Sequence[Any]) -> tf.Tensor:
-        used = tf.nest.map_structure(lambda g: item.used(tf.cast(g, dtype))[0], gradient)
-        _, scale = item.used(tf.nest.flatten(gradient)[0])
-        return tf.cast(scale, dtype) * adapter.output_factor(used, *observed)
+        used = tf.nest.map_structure(lambda g: item.used(tf.cast(g, dtype)), gradient)
+        scale = item.scale_of(tf.nest.flatten(gradient)[0])
+        return scale * adapter.output_factor(used, *observed)
 
     def sum_over_calls(adapter: LayerAdapter) -> tf.Tensor:
         arrived = gradients[id(adapter.layer)]

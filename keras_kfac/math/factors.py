@@ -25,9 +25,7 @@ def with_homogeneous_coordinate(rows: tf.Tensor) -> tf.Tensor:
 
 def _merge_positions(rows: tf.Tensor) -> tf.Tensor:
     """`[..., batch, positions, d]` to `[..., batch * positions, d]`."""
-    shape = tf.shape(rows)
-    merged = tf.reshape(rows, tf.concat([shape[:-3], [shape[-3] * shape[-2]], shape[-1:]], axis=0))
-    return tf.ensure_shape(merged, [*rows.shape[:-3], None, rows.shape[-1]])
+    return tf.reshape(rows, [*rows.shape[:-3], -1, rows.shape[-1]])
 
 
 def row_weights(example_weights: tf.Tensor | None, mask: tf.Tensor) -> tf.Tensor:

@@ -20,7 +20,7 @@ from keras_kfac.math.linalg import (
 
 def _mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
     """Trace over dimension, `[...]`; blocks of one matrix have it in common."""
-    mean = trace(factor) / tf.cast(tf.shape(factor)[-1], factor.dtype)
+    mean = trace(factor) / factor.shape[-1]
     is_in_blocks = factor.shape.rank == 4
     return tf.reduce_mean(mean, axis=[0, 1], keepdims=True) if is_in_blocks else mean
 
@@ -61,7 +61,7 @@ def block_damping(damping: tf.Tensor, block: tf.Tensor, model: tf.Tensor) -> tf.
 
     Args:
         damping: `λ` of the model, scalar.
-        block: Mean eigenvalue of the block, scalar.
+        block: Mean eigenvalue of the block, scalar; or of several, `[blocks]`.
         model: Mean eigenvalue of all blocks together, scalar.
 
     Returns:

@@ -82,7 +82,8 @@ def _of_each(values: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
 
 def trace(matrix: tf.Tensor) -> tf.Tensor:
     """Traces of matrices, `[...]`."""
-    return tf.reduce_sum(matrix) if is_diagonal(matrix) else tf.linalg.trace(matrix)
+    # One operation: `tf.linalg.trace` makes nine, and models have many factors.
+    return tf.reduce_sum(matrix) if is_diagonal(matrix) else tf.einsum("...ii->...", matrix)
 
 
 def inner_products(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
@@ -95,8 +96,9 @@ def scaled_plus_identity(scale: tf.Tensor, matrix: tf.Tensor, amount: tf.Tensor)
     scaled = _of_each(scale, matrix) * matrix
     if is_diagonal(matrix):
         return scaled + amount
-    diagonal = tf.linalg.diag_part(scaled) + amount[..., tf.newaxis]
-    return tf.linalg.set_diag(scaled, diagonal)
+    # Operations of one input: those behind `tf.linalg` take five, and models have many factors.
+    diagonal = tf.raw_ops.MatrixDiagPart(input=scaled) + amount[..., tf.newaxis]
+    return tf.raw_ops.MatrixSetDiag(input=scaled, diagonal=diagonal)
 
 
 def left_product(matrix: tf.Tensor, gradient: Gradient, transpose: bool = False) -> Gradient:
@@ -203,7 +205,7 @@ def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
     """Inverse of symmetric positive definite matrices by Cholesky factorisation.
 
     Args:
-        matrix: Tensor `[..., d, d]`, symmetric, of static `d`; or the diagonal of one.
+        matrix: Tensor `[..., d, d]`, symmetric, of static shape; or the diagonal of one.
 
     Returns:
         As given, symmetric to rounding. All NaN where a matrix is not positive definite to
@@ -218,8 +220,8 @@ def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
         return tf.where(matrix > 0, 1 / matrix, float("nan"))
     _, inverse = _factor_and_inverse(matrix)
     # A failed factorisation leaves NaN in a part of the matrix only, but always in its trace.
-    trace = tf.linalg.trace(inverse)[..., tf.newaxis, tf.newaxis]
-    return inverse + tf.where(tf.math.is_finite(trace), tf.zeros_like(trace), float("nan"))
+    of_each = trace(inverse)[..., tf.newaxis, tf.newaxis]
+    return inverse + tf.where(tf.math.is_finite(of_each), tf.zeros_like(of_each), float("nan"))
 
 
 def _factor_and_inverse(matrix: tf.Tensor, needs_factor: bool = False) -> tuple[Any, tf.Tensor]:
@@ -233,7 +235,8 @@ def _factor_and_inverse(matrix: tf.Tensor, needs_factor: bool = False) -> tuple[
     """
     size = matrix.shape[-1]
     if size <= _LEAF_SIZE:
-        identity = tf.broadcast_to(tf.eye(size, dtype=matrix.dtype), tf.shape(matrix))
+        ones = tf.ones(matrix.shape[:-1], matrix.dtype)
+        identity = tf.raw_ops.MatrixDiag(diagonal=ones)
         factor = tf.linalg.triangular_solve(tf.linalg.cholesky(matrix), identity)
         return factor, tf.matmul(factor, factor, transpose_a=True)
     half = size // 2

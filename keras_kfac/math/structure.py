@@ -131,6 +131,8 @@ def aligned_shapes(shapes: Sequence[Shape], structures: Structures) -> Sequence[
 
 def aligned(factors: Sequence[tf.Tensor], structures: Structures) -> list[tf.Tensor]:
     """Both factors, with the axes of the gradient's blocks if it has any."""
+    if not in_blocks(structures):
+        return list(factors)
     shapes = aligned_shapes([tuple(factor.shape) for factor in factors], structures)
     return [tf.reshape(factor, shape) for factor, shape in zip(factors, shapes)]
 
