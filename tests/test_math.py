@@ -64,6 +64,16 @@ class TestPatches:
         assert expected[-1, -1] == 1.0
 
 
+def test_rows_that_lost_their_shape_have_the_same_factor():
+    rows = tf.constant(RNG.normal(size=(2, 3, 4)))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None], tf.float64)])
+    def without_shape(rows):
+        return factors.output_factor(rows)
+
+    assert_close(without_shape(rows), factors.output_factor(rows), 1e-12)
+
+
 def explicit_input_factor(x, layer):
     """Double loop over output locations, padding as TensorFlow documents it."""
     out_height, out_width = layer.compute_output_shape(x.shape)[1:3]

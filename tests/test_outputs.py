@@ -151,8 +151,8 @@ def test_a_vector_of_outputs_is_no_distribution_over_classes():
     ("fisher", "jit_compile"),
     [
         ("sampled", False),
-        ("exact", False),
-        ("empirical", False),
+        pytest.param("exact", False, marks=pytest.mark.slow),
+        pytest.param("empirical", False, marks=pytest.mark.slow),
         pytest.param("sampled", True, marks=pytest.mark.slow),
     ],
 )

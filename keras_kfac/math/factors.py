@@ -25,7 +25,11 @@ def with_homogeneous_coordinate(rows: tf.Tensor) -> tf.Tensor:
 
 def _merge_positions(rows: tf.Tensor) -> tf.Tensor:
     """`[..., batch, positions, d]` to `[..., batch * positions, d]`."""
-    return tf.reshape(rows, [*rows.shape[:-3], -1, rows.shape[-1]])
+    known = [*rows.shape[:-3], rows.shape[-1]]
+    if None not in known:
+        return tf.reshape(rows, [*known[:-1], -1, known[-1]])
+    shape = tf.shape(rows)  # Gradients can lose their shape on their way.
+    return tf.reshape(rows, tf.concat([shape[:-3], [-1], shape[-1:]], axis=0))
 
 
 def row_weights(example_weights: tf.Tensor | None, mask: tf.Tensor) -> tf.Tensor:
