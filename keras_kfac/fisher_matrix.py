@@ -43,7 +43,7 @@ class FisherMatrix(tf.linalg.LinearOperator):
         likelihood: As for `KFAC`; by default that of the model's optimizer, if it has one.
 
     Raises:
-        ValueError: If a loss is not known as a likelihood with a closed form.
+        ValueError: If the model has no loss, or one not known as a likelihood with a closed form.
 
     Example:
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
@@ -71,6 +71,11 @@ class FisherMatrix(tf.linalg.LinearOperator):
             parameters.pop(name, None)
         if not damping >= 0:
             raise ValueError(f"`damping` must be at least 0. Received: damping={damping!r}")
+        if getattr(model, "loss", None) is None:
+            raise ValueError(
+                "The Fisher matrix belongs to a loss: compile the model with one. Received: model "
+                f"{model.name!r} without a loss"
+            )
         self._model = model
         self._variables = list(model.trainable_variables)
         self._damping = damping

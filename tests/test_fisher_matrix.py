@@ -131,6 +131,11 @@ def test_divergence_by_draws():
     assert float(fisher.kl_divergence(step, draws=100_000) / half) == pytest.approx(1, abs=0.1)
 
 
+def test_model_without_loss_is_refused():
+    with pytest.raises(ValueError, match=r"compile the model with one. Received: model"):
+        FisherMatrix(mlp((3, 2)), RNG.normal(size=(4, 3)))
+
+
 def test_distribution_without_closed_form_is_refused():
     def mixture(outputs):
         parts = tfd.Normal(outputs[..., :2], tf.exp(outputs[..., 2:4]))
