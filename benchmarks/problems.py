@@ -43,10 +43,12 @@ def conv_net() -> list[keras.Layer]:
     ]
 
 
-def transformer(length: int = 64, width: int = 64, heads: int = 4) -> list[keras.Layer]:
-    """Two blocks of causal attention; the mask alone tells them the order of the characters."""
+def transformer(
+    blocks: int = 2, length: int = 64, width: int = 64, heads: int = 4
+) -> list[keras.Layer]:
+    """Blocks of causal attention; the mask alone tells them the order of the characters."""
     body: list[keras.Layer] = [layers.Embedding(CHARACTERS, width)]
-    for _ in range(2):
+    for _ in range(blocks):
         x = start = keras.Input((length, width))
         h = layers.LayerNormalization()(x)
         x = x + layers.MultiHeadAttention(heads, width // heads)(h, h, use_causal_mask=True)

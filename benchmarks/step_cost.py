@@ -57,6 +57,7 @@ class Net(NamedTuple):
     body: Callable[[], list[keras.Layer]]
     loss: Callable[[], keras.losses.Loss]
     batch: tuple[int, ...]
+    is_text: bool = False
 
 
 JIT = ", jit_compile"  # What the names of optimizers end in that are for XLA.
@@ -101,11 +102,16 @@ def mlp(width: int, depth: int = 3, batch: int = 128) -> Net:
     return Net(body, problems.classification, (batch, width))
 
 
+def text(blocks: int) -> Net:
+    """A transformer on characters."""
+    return Net(lambda: problems.transformer(blocks), problems.classification, (32, 64), True)
+
+
 NETS = {
     "deep autoencoder, batch 1000": Net(problems.autoencoder, problems.pixels, (1000, 784)),
     "conv net, batch 128": Net(conv_net, problems.classification, (128, 28, 28, 1)),
     "ResNet-20, batch 128": Net(resnet20, problems.classification, (128, 32, 32, 3)),
-    "2-block transformer, batch 32": Net(problems.transformer, problems.classification, (32, 64)),
+    **{f"{blocks}-block transformer, batch 32": text(blocks) for blocks in (2, 4)},
     **{f"3 x {width}, batch 128": mlp(width) for width in (256, 1024, 2048)},
 }
 
@@ -123,10 +129,9 @@ class Run:
         if isinstance(optimizer, KFAC):
             optimizer.attach(self.model)
         rng = np.random.default_rng(0)
-        is_text = net.body is problems.transformer
-        x = rng.integers(0, 128, net.batch) if is_text else rng.random(net.batch)
-        self.x = x.astype("int32" if is_text else "float32")
-        rows = self.model.output_shape[1:-1] if is_text else ()
+        x = rng.integers(0, 128, net.batch) if net.is_text else rng.random(net.batch)
+        self.x = x.astype("int32" if net.is_text else "float32")
+        rows = self.model.output_shape[1:-1] if net.is_text else ()
         is_pixels = net.loss is problems.pixels
         self.y = self.x if is_pixels else rng.integers(0, 10, (net.batch[0], *rows))
 
