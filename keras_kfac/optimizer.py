@@ -225,10 +225,8 @@ class KFAC(SteppingOptimizer):
                 _outside_graphs(lambda: self.build(trainable_variables))
         passes = attachment.take_passes()
         # What is unknown raises here, and not in a branch of the step or at some later one.
-        terms = [term for forward_pass in passes for term in forward_pass.terms]
-        for term in terms:
-            if term.likelihood is None or self._damping_rule is not None:
-                _ = term.targets
+        for term in (term for forward_pass in passes for term in forward_pass.terms):
+            term.check(needs_targets=self._damping_rule is not None)
         built = _outside_graphs(lambda: self._build_curvature(passes))
 
         is_burning_in = self._is_burning_in()

@@ -94,6 +94,21 @@ class Term:
             )
         return self.score.targets
 
+    def check(self, needs_targets: bool) -> None:
+        """Raises what is wrong with the term, before a branch of the step hides where.
+
+        Args:
+            needs_targets: Whether the targets have to be known, even with a likelihood.
+
+        Raises:
+            RuntimeError: Without targets.
+            ValueError: If the likelihood does not suit the outputs.
+        """
+        if self.likelihood is None or needs_targets:
+            _ = self.targets
+        if self.likelihood is not None:
+            self.likelihood.distribution(self.outputs)
+
     @property
     def is_empirical(self) -> bool:
         """Whether only the empirical Fisher matrix is known."""
@@ -123,10 +138,19 @@ class Term:
         Returns:
             `[batch, ...]`, as `values`.
         """
-        loss, outputs = self.score.loss, self.outputs
-        if self.score.sample_weight is not None:
-            weights = tf.convert_to_tensor(self.score.sample_weight)
-            tf.debugging.assert_non_negative(weights, _NEGATIVE)
+        by_value = self._by_value()
+        rank = self._rank(by_value)
+        if by_value.shape.rank >= rank:
+            return tf.reduce_sum(by_value, axis=list(range(rank, by_value.shape.rank)))
+        coefficients = _spread(by_value, self.outputs, rank)
+        share = tf.size(by_value) / tf.size(coefficients)
+        return coefficients * tf.cast(share, coefficients.dtype)
+
+    def _by_value(self) -> tf.Tensor:
+        """Derivative of the total loss by each of the loss's own values."""
+        loss, outputs, sample_weight = self.score.loss, self.outputs, self.score.sample_weight
+        if sample_weight is not None:
+            tf.debugging.assert_non_negative(tf.convert_to_tensor(sample_weight), _NEGATIVE)
         if self._ignores:
             classes = tf.reshape(self.targets, tf.shape(outputs)[:-1])
             counts = tf.not_equal(tf.cast(classes, tf.int64), _ignored_class(loss))
@@ -134,14 +158,8 @@ class Term:
         values = tf.zeros_like(self._own_values(), dtype=loss.dtype)
         with tf.GradientTape() as tape:
             tape.watch(values)
-            total = _Reduction(values, loss)(outputs, outputs, self.score.sample_weight)
-        by_value = tape.gradient(total, values) * scalar(self.score.weight, values.dtype)
-        rank = self._rank(by_value)
-        if by_value.shape.rank >= rank:
-            return tf.reduce_sum(by_value, axis=list(range(rank, by_value.shape.rank)))
-        coefficients = _spread(by_value, outputs, rank)
-        share = tf.size(by_value) / tf.size(coefficients)
-        return coefficients * tf.cast(share, coefficients.dtype)
+            total = _Reduction(values, loss)(outputs, outputs, sample_weight)
+        return tape.gradient(total, values) * scalar(self.score.weight, values.dtype)
 
     def values(self, outputs: tf.Tensor) -> tf.Tensor:
         """The loss at each position if the outputs were these.
