@@ -115,7 +115,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
 
         Raises:
             RuntimeError: If the optimizer is not attached.
-            ValueError: If the model is not built yet, or lacks a layer that `weight_sharing` names.
+            ValueError: If the model is not built yet, or lacks a layer that `curvature` or
+                `weight_sharing` names.
         """
         if self._built is not None:
             return self._built.coverage
@@ -165,7 +166,9 @@ class AttachableOptimizer(ConfiguredOptimizer):
     @property
     def _block_settings(self) -> BlockSettings:
         inverse_type = ExactInverse if self.exact_damping else FactoredInverse
-        return BlockSettings(self.weight_sharing, inverse_type, self.max_factor_size)
+        return BlockSettings(
+            self.curvature, self.weight_sharing, inverse_type, self.max_factor_size
+        )
 
     @property
     def _known(self) -> Built:
@@ -178,7 +181,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
             return self._built
         attachment = self._require_attachment()
         plan = attachment.plan(self.is_known, self._block_settings, passes)
-        if not plan.adapters:
+        if not plan.blocks:
             raise ValueError(
                 "K-FAC covers no layer of this model; use another optimizer. Received: model "
                 f"{attachment.model.name!r}\n{plan.rows}"
@@ -186,13 +189,12 @@ class AttachableOptimizer(ConfiguredOptimizer):
         plan.rows.check_memory(self.memory_limit)
         plan.rows.empirical_losses = self._empirical_losses(passes)
         curvature = ModelCurvature(
-            plan.adapters,
+            plan.blocks,
             self.model_variable,
-            self._block_settings.inverse_type,
             self.product_dtype,
             spares_weak_blocks=self._damping_rule is not None,
         )
-        covered = {self._get_variable_index(v): v for a in plan.adapters for v in a.variables}
+        covered = {self._get_variable_index(v): v for b in plan.blocks for v in b.adapter.variables}
         if self._has_momentum:
             for index, variable in covered.items():
                 self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)

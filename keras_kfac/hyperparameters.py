@@ -5,6 +5,7 @@ from typing import Any, Self
 import keras
 
 from keras_kfac import validation
+from keras_kfac.curvature.choice import Curvature, curvature_to_config
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.introspection.weight_sharing import Choice
 from keras_kfac.restorable import RestorableOptimizer
@@ -27,6 +28,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
         factor_ema_decay: Any,
         factor_update_period: int | None,
         inverse_update_period: int,
+        curvature: Curvature,
         likelihood: Any,
         fisher: str,
         fisher_samples: int,
@@ -52,8 +54,9 @@ class ConfiguredOptimizer(RestorableOptimizer):
         )
         self._adapts_learning_rate.assign(adapts)
         self.factor_ema_decay = validation.check_ema_decay(factor_ema_decay)
+        self.curvature = validation.check_curvature(curvature)
         self.likelihood = validation.check_likelihood(likelihood)
-        self.fisher = validation.check_fisher(fisher)
+        self.fisher = validation.check_fisher(fisher, self.curvature)
         self.fisher_samples = validation.check_positive_int("fisher_samples", fisher_samples)
         self.exact_damping = validation.check_bool("exact_damping", exact_damping)
         self.weight_sharing = validation.check_weight_sharing(weight_sharing)
@@ -169,6 +172,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
             "factor_ema_decay": to_config(self.factor_ema_decay),
             "factor_update_period": self.factor_update_period,
             "inverse_update_period": self.inverse_update_period,
+            "curvature": curvature_to_config(self.curvature),
             "likelihood": keras.saving.serialize_keras_object(self.likelihood),
             "fisher": str(self.fisher),
             "fisher_samples": self.fisher_samples,
@@ -192,6 +196,7 @@ class ConfiguredOptimizer(RestorableOptimizer):
             "momentum",
             "factor_ema_decay",
             "kl_clip",
+            "curvature",
             "likelihood",
             "fallback",
         ):

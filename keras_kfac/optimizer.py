@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_kfac.curvature.choice import Curvature
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.introspection.adapters import MAX_FACTOR_SIZE
 from keras_kfac.introspection.forward_pass import instance_attribute
@@ -89,6 +90,20 @@ class KFAC(SteppingOptimizer):
             `inverse_update_period` if that is less.
         inverse_update_period: Steps between refreshes of the inverses, a positive int, at least
             `factor_update_period`. Fewer at first, likewise.
+        curvature: The structure of the layers' blocks of the Fisher matrix:
+
+            - `"kfac"`: `A ⊗ G`.
+            - `"ekfac"`: the eigenbases of `A` and `G`, and in these the second moments of the
+              gradients of single examples in place of the products of eigenvalues.
+            - `"input"`: `A ⊗ g I` with the mean eigenvalue `g` of `G`: whitening of the inputs
+              (PRONG, FOOF).
+            - `"diagonal"`: the diagonal of the block. `"full"`: the block as it is, for small
+              layers: a matrix with a row for each weight.
+
+            A dict by name, path or class of a layer, as in `{"conv2d": "ekfac"}` or
+            `{keras.layers.Dense: "input"}`, chooses for some, the others are `"kfac"`; so does a
+            function from a layer to a name or None. Where a layer can't have the structure, its
+            block is that of `"kfac"`, and `coverage()` says so. See docs/curvature.md.
         likelihood: The predictive distribution, where the loss does not say it (a function of your
             own, or a Keras loss that K-FAC does not know): a Keras loss, or a function from outputs
             `[batch, ..., width]` to a `tfp.distributions.Distribution` with batch shape
@@ -154,7 +169,8 @@ class KFAC(SteppingOptimizer):
         Martens & Grosse (2015), arXiv:1503.05671: sections 3 (factors), 5 (moving averages), 6.3
         (factored damping), 6.4 and 7 (learning rate and momentum), 6.5 (adapting the damping).
         Grosse & Martens (2016), arXiv:1602.01407: convolutions. Ba, Grosse & Martens (2017): KL
-        clip. Eschenhagen et al. (2023), arXiv:2311.00636: "expand" and "reduce".
+        clip. Eschenhagen et al. (2023), arXiv:2311.00636: "expand" and "reduce". George et al.
+        (2018), arXiv:1806.03884: EKFAC.
     """
 
     def __init__(
@@ -165,6 +181,7 @@ class KFAC(SteppingOptimizer):
         factor_ema_decay: float | LearningRateSchedule = 0.95,
         factor_update_period: int | None = None,
         inverse_update_period: int = 20,
+        curvature: Curvature = "kfac",
         likelihood: Any = None,
         fisher: str = "sampled",
         fisher_samples: int = 1,
@@ -187,6 +204,7 @@ class KFAC(SteppingOptimizer):
             factor_ema_decay,
             factor_update_period,
             inverse_update_period,
+            curvature,
             likelihood,
             fisher,
             fisher_samples,

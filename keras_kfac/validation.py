@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_kfac.curvature.choice import KFAC, STRUCTURES, Curvature
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.introspection.weight_sharing import AUTO, EXPAND, REDUCE, Choice
 
@@ -203,12 +204,37 @@ def check_damping_bounds(
         )
 
 
-def check_fisher(value: str) -> str:
-    """Checks the name of a kind of Fisher matrix."""
+def check_fisher(value: str, curvature: Curvature) -> str:
+    """Checks the name of a kind of Fisher matrix, for a structure of curvature."""
     choices = [str(member) for member in Fisher]
     if value not in choices:
         raise ValueError(f"`fisher` must be one of {choices}. Received: fisher={value!r}")
+    names = curvature.values() if isinstance(curvature, Mapping) else [curvature]
+    if value == Fisher.FORWARD_ONLY and not all(name in (KFAC, "input") for name in names):
+        raise ValueError(
+            "fisher='forward_only' has no gradients of single examples, which structures other "
+            f"than {KFAC!r} and 'input' are made of. Received: curvature={curvature!r}"
+        )
     return str(value)
+
+
+def check_curvature(value: Curvature) -> Curvature:
+    """Checks the name of a structure, such names by layer, or a function."""
+    if isinstance(value, Mapping):
+        are_keys = all(isinstance(k, str) or _is_layer_class(k) for k in value)
+        if are_keys and all(name in STRUCTURES for name in value.values()):
+            return dict(value)
+    elif (isinstance(value, str) and value in STRUCTURES) or callable(value):
+        return value
+    raise ValueError(
+        f"`curvature` must be one of {list(STRUCTURES)}, a dict from names, paths or classes of "
+        "layers to these, or a function of a layer that returns one or None. Received: "
+        f"curvature={value!r}"
+    )
+
+
+def _is_layer_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, keras.Layer)
 
 
 def check_weight_sharing(value: Choice) -> Choice:

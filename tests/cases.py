@@ -247,6 +247,24 @@ def factors(
     ]
     for adapter in adapters:
         adapter.reduces = adapter.can_reduce and reduce
+    options = (y, fisher, sample_weight, seed, loss_weight, samples, likelihood)
+    return collected(model, loss, x, adapters, *options)
+
+
+def collected(
+    model,
+    loss,
+    x,
+    adapters,
+    y=None,
+    fisher="exact",
+    sample_weight=None,
+    seed=(0, 0),
+    loss_weight=1.0,
+    samples=1,
+    likelihood=None,
+):
+    """What some adapters see of one batch."""
     adapted = {id(a.layer): a.layer for a in adapters}.values()
     whole = {id(a.layer) for a in adapters if a.with_activation}
     around = _keras_internals.flatten_layers(model)

@@ -19,24 +19,33 @@ WIDTHS = (5, 7, 6, 4)
 STEPS = 8
 
 
-def invertible(rng, size, orthogonal):
+def invertible(rng, size, kind):
     q, _ = np.linalg.qr(rng.normal(size=(size, size)))
-    if orthogonal:
+    if kind == "orthogonal":
         return q
-    return q @ np.diag(rng.uniform(0.5, 2.0, size)) @ np.linalg.qr(rng.normal(size=(size, size)))[0]
+    scales = np.diag(rng.uniform(0.5, 2.0, size))
+    if kind == "scales":
+        return scales
+    return q @ scales @ np.linalg.qr(rng.normal(size=(size, size)))[0]
 
 
-def maps(orthogonal, seed=0):
-    """Ω for the inputs and each hidden layer (homogeneous), Φ for each pre-activation."""
+def maps(kind, seed=0):
+    """Ω for the inputs and each hidden layer (homogeneous), Φ for each pre-activation.
+
+    Args:
+        kind: "affine", "orthogonal" or "scales"; or "inputs" or "outputs" for affine maps of these
+            alone.
+    """
     rng = np.random.default_rng(seed)
     omegas = []
     for width in WIDTHS[:-1]:
         omega = np.eye(width + 1)
-        omega[:-1, :-1] = invertible(rng, width, orthogonal)
-        if not orthogonal:
+        omega[:-1, :-1] = invertible(rng, width, kind)
+        if kind in ("affine", "inputs"):
             omega[:-1, -1] = rng.normal(size=width)
-        omegas.append(omega)
-    return omegas, [invertible(rng, width, orthogonal) for width in WIDTHS[1:]]
+        omegas.append(omega if kind != "outputs" else np.eye(width + 1))
+    phis = [invertible(rng, width, kind) for width in WIDTHS[1:]]
+    return omegas, [np.eye(len(phi)) if kind == "inputs" else phi for phi in phis]
 
 
 def affine(omega, a):
@@ -64,12 +73,12 @@ def transformed(activation, phi, omega):
     return lambda s: affine(omega, activation(tf.matmul(s, phi.T)))
 
 
-def outputs_after_training(make_optimizer, orthogonal, steps=STEPS):
+def outputs_after_training(make_optimizer, kind="affine", steps=STEPS):
     """Outputs of both networks, and how far the first one moved."""
     rng = np.random.default_rng(5)
     x, y = rng.normal(size=(300, WIDTHS[0])), rng.normal(size=(300, WIDTHS[-1]))
     weights = [0.7 * rng.normal(size=(m + 1, n)) for m, n in itertools.pairwise(WIDTHS)]
-    omegas, phis = maps(orthogonal)
+    omegas, phis = maps(kind)
     start = network(weights)(x).numpy()
     results = []
     for model, inputs in [
@@ -106,17 +115,17 @@ def kfac(**options):
 
 class TestReparametrisation:
     @pytest.mark.parametrize("momentum", [0.0, 0.5])
-    @pytest.mark.parametrize("orthogonal", [False, True])
-    def test_undamped_kfac_is_invariant(self, orthogonal, momentum):
-        original, rewritten = outputs_after_training(kfac(momentum=momentum), orthogonal)
+    @pytest.mark.parametrize("kind", ["affine", "orthogonal"])
+    def test_undamped_kfac_is_invariant(self, kind, momentum):
+        original, rewritten = outputs_after_training(kfac(momentum=momentum), kind)
         assert relative_difference(rewritten, original) < 1e-10
 
     def test_kl_clip_is_invariant(self):
-        original, rewritten = outputs_after_training(kfac(kl_clip=1e-2), False)
+        original, rewritten = outputs_after_training(kfac(kl_clip=1e-2))
         assert relative_difference(rewritten, original) < 1e-10
 
     def test_damped_kfac_is_invariant_to_orthogonal_maps(self):
-        original, rewritten = outputs_after_training(kfac(damping=1e-3), True)
+        original, rewritten = outputs_after_training(kfac(damping=1e-3), "orthogonal")
         assert relative_difference(rewritten, original) < 1e-10
 
     @pytest.mark.parametrize(
@@ -129,14 +138,58 @@ class TestReparametrisation:
         ids=["damped K-FAC", "SGD", "Adam"],
     )
     def test_others_are_not(self, optimizer):
-        original, rewritten = outputs_after_training(optimizer, False)
+        original, rewritten = outputs_after_training(optimizer)
         assert not relative_difference(rewritten, original) < 1e-2
 
     def test_sgd_is_invariant_to_orthogonal_maps_and_adam_is_not(self):
-        sgd = outputs_after_training(lambda: keras.optimizers.SGD(0.02), True)
-        adam = outputs_after_training(lambda: keras.optimizers.Adam(0.01), True)
+        sgd = outputs_after_training(lambda: keras.optimizers.SGD(0.02), "orthogonal")
+        adam = outputs_after_training(lambda: keras.optimizers.Adam(0.01), "orthogonal")
         assert relative_difference(*sgd) < 1e-10
         assert relative_difference(*adam) > 1e-2
+
+
+def structure(curvature, **options):
+    return kfac(curvature=curvature, learning_rate=0.05, **options)
+
+
+class TestStructures:
+    """What the path does not depend on, for each structure of the curvature, and on what it does.
+
+    The promise of K-FAC, to be independent of all these maps, is tested above.
+    """
+
+    @pytest.mark.parametrize(
+        ("curvature", "kind", "damping"),
+        [
+            ("ekfac", "orthogonal", 0.0),
+            ("ekfac", "orthogonal", 1e-3),
+            ("input", "inputs", 0.0),
+            ("input", "orthogonal", 1e-3),
+            ("diagonal", "scales", 0.0),
+            ("full", "affine", 0.0),
+            ("full", "orthogonal", 1e-3),
+        ],
+    )
+    def test_is_invariant(self, curvature, kind, damping):
+        optimizer = structure(curvature, damping=damping)
+        original, rewritten = outputs_after_training(optimizer, kind)
+        assert relative_difference(rewritten, original) < 1e-9
+
+    @pytest.mark.parametrize(
+        ("curvature", "kind", "damping"),
+        [
+            ("ekfac", "scales", 0.0),
+            ("input", "outputs", 0.0),
+            ("input", "inputs", 1e-1),
+            ("diagonal", "orthogonal", 0.0),
+            ("diagonal", "scales", 1e-1),
+            ("full", "affine", 1e-1),
+        ],
+    )
+    def test_is_not_invariant(self, curvature, kind, damping):
+        optimizer = structure(curvature, damping=damping)
+        original, rewritten = outputs_after_training(optimizer, kind)
+        assert not relative_difference(rewritten, original) < 1e-2
 
 
 def test_one_step_to_the_least_squares_solution():

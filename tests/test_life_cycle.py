@@ -35,6 +35,12 @@ def sequence(examples: int) -> helpers.Data:
     return x[:examples], y[:examples]
 
 
+@keras.saving.register_keras_serializable(package="tests")
+def wide_ones_by_their_inputs(layer: keras.Layer) -> str | None:
+    """A rule for the structure of curvature."""
+    return "input" if layer.name == "hidden" else None
+
+
 # ---- Config -------------------------------------------------------------------------------------
 
 CHANGED = {
@@ -53,6 +59,7 @@ CHANGED = {
     "fisher": "exact",
     "fisher_samples": 2,
     "likelihood": "mse",
+    "curvature": {"hidden": "ekfac", "Conv2D": "diagonal"},
     "kl_clip": 0.01,
     "fallback": OwnSGD(0.2, momentum=0.7),
     "seed": 11,
@@ -77,6 +84,7 @@ CONFIGS = {
     "clipvalue": {"clipvalue": 0.5},
     "global_clipnorm": {"global_clipnorm": 0.5},
     "defaults": {},
+    "rule_for_curvature": {"curvature": wide_ones_by_their_inputs},
     "own_damping_rule": {
         "damping": LevenbergMarquardt(1.0, 0.1, 9.0, 0.9, 2, reject=True, adapt_preconditioner=True)
     },
@@ -140,6 +148,12 @@ VARIANTS: dict[str, tuple[Callable[[], keras.Model], dict[str, Any], str]] = {
     "schedules": (helpers.mlp, {"learning_rate": decay(), "damping": decay(0.5)}, "float32"),
     "adaptive": (helpers.mlp_with_batch_normalization, helpers.ADAPTIVE, "float32"),
     "exact_damping": (helpers.mlp, {"exact_damping": True}, "float32"),
+    "ekfac": (helpers.mlp_with_batch_normalization, {"curvature": "ekfac"}, "float32"),
+    "structures": (
+        helpers.mlp_with_batch_normalization,
+        {"curvature": {"hidden": "input", "logits": "diagonal", "norm": "full"}},
+        "float32",
+    ),
     "preconditioner": (
         helpers.mlp,
         {

@@ -61,7 +61,7 @@ class TestExactDamping:
 
     def test_without_damping_singular_factors_have_no_inverse(self):
         inverse = ExactInverse.of(tf.zeros((3, 3)), tf.eye(2), 0.0)
-        assert not np.isfinite(inverse.eigenvalues).any()
+        assert not np.isfinite(inverse.condition_number)
 
     @pytest.mark.parametrize("groups", [None, 2])
     def test_step_is_the_preconditioned_gradient(self, groups):

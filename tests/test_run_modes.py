@@ -117,6 +117,14 @@ MODES = {
     "calibrated": Mode(optimizer=CALIBRATED),
     "calibrated_eager": Mode(compile={"run_eagerly": True}, optimizer=CALIBRATED),
     "calibrated_jit": Mode(compile={"jit_compile": True}, optimizer=CALIBRATED),
+    **{
+        f"{name}{'_jit' * jit}": Mode(
+            compile={"jit_compile": jit}, optimizer={**helpers.ADAPTIVE, "curvature": name}
+        )
+        for name in ("ekfac", "input", "diagonal", "full")
+        for jit in (False, True)
+    },
+    "ekfac_mixed_float16": Mode(policy="mixed_float16", optimizer={"curvature": "ekfac"}),
     "mixed_bfloat16": Mode(policy="mixed_bfloat16"),
     "mixed_float16": Mode(policy="mixed_float16"),
     "mixed_float16_jit": Mode(policy="mixed_float16", compile={"jit_compile": True}),
@@ -139,7 +147,14 @@ def updates(mode: Mode) -> int:
 
 
 # Compiled by XLA, each takes half a minute; one of them is enough for every change.
-SLOW = ("preconditioner_jit", "calibrated_jit", "mixed_float16_jit")
+SLOW = (
+    "preconditioner_jit",
+    "calibrated_jit",
+    "mixed_float16_jit",
+    "input_jit",
+    "diagonal_jit",
+    "full_jit",
+)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The Kronecker-factored curvature block of one layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_kfac.curvature.regularization import l2_coefficient
@@ -37,7 +39,7 @@ class KroneckerBlock:
     """Moving averages of a layer's factors `A` and `G`, and inverses of their damped values.
 
     `update` and `refresh` are separate because they run on different schedules; *when* they run is
-    not the block's business.
+    not the block's business. Other structures of curvature are subclasses: see `structures.py`.
 
     Args:
         adapter: The layer.
@@ -54,6 +56,21 @@ class KroneckerBlock:
         refreshes: How often they could.
         staleness: Relative change of the inverse in the last successful refresh.
     """
+
+    @classmethod
+    def unsuitable(cls, adapter: LayerAdapter) -> str | None:
+        """Why the structure can't be had for a layer; `None` if it can."""
+        return None
+
+    @classmethod
+    def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> "BlockPlan":
+        """What to build for a layer that it suits.
+
+        Args:
+            adapter: The layer.
+            inverse_type: As the user would like it damped, if there is a choice.
+        """
+        return BlockPlan(cls, adapter, inverse_type, adapter.block)
 
     def __init__(
         self,
@@ -81,9 +98,22 @@ class KroneckerBlock:
         self.refreshes = add_variable("refreshes", (), "int32")
         self.staleness = add_variable("staleness", (), dtype)
 
-    def update(self, statistics: LayerStatistics, examples: tf.Tensor, decay: tf.Tensor) -> None:
-        """Includes the factors of a batch in the moving averages, unless they are not finite."""
-        new_factors = (statistics.input_factor, statistics.output_factor)
+    @property
+    def observers(self) -> Sequence[LayerAdapter]:
+        """Adapters whose statistics an update takes, that of the block first."""
+        return [self.adapter]
+
+    def update(
+        self, statistics: Sequence[LayerStatistics], examples: tf.Tensor, decay: tf.Tensor
+    ) -> None:
+        """Includes the statistics of a batch in the moving averages, unless they are not finite.
+
+        Args:
+            statistics: Those of each observer.
+            examples: Number of examples.
+            decay: Of the moving averages.
+        """
+        new_factors = (statistics[0].input_factor, statistics[0].output_factor)
         weight = tf.convert_to_tensor(self.weight)
         new_weight = weight
         # Not a branch: one for each block takes seconds to trace.
@@ -114,15 +144,15 @@ class KroneckerBlock:
     def trace(self) -> tf.Tensor:
         """Trace of `A ⊗ G`, undamped."""
         a, g = aligned(self._factors(), self._structures)
-        return tf.reduce_sum(trace(a) * trace(g))
+        copies = math.prod(structure.copies for structure in self._structures)
+        return copies * tf.reduce_sum(trace(a) * trace(g))
 
     def spectrum(self, damping: tf.Tensor) -> LayerSpectrum:
         """The eigenvalues of the factors as they are now."""
         each = aligned(self._factors(), self._structures)
-        a, g = (f if is_diagonal(f) else tf.linalg.eigvalsh(f) for f in each)
-        return LayerSpectrum(
-            self.adapter.path, a.numpy(), g.numpy(), float(damping) + float(self._l2)
-        )
+        values = (f if is_diagonal(f) else tf.linalg.eigvalsh(f) for f in each)
+        a, g = (np.repeat(v, s.copies, axis=-1) for v, s in zip(values, self._structures))
+        return LayerSpectrum(self.adapter.path, a, g, float(damping) + float(self._l2))
 
     @property
     def _factor_variables(self) -> list[keras.Variable]:
@@ -199,11 +229,32 @@ class KroneckerBlock:
         return cast(inverse.precondition(cast(matrix, self._product_dtype)), dtype)
 
 
-def memory(adapter: LayerAdapter, inverse_type: type[Inverse]) -> int:
-    """Bytes that the block of an adapter keeps."""
-    inverse = [shape for shape, _ in _start(adapter, inverse_type)]
-    numbers = sum(math.prod(shape) for shape in (*adapter.factor_shapes, *inverse))
-    return tf.as_dtype(adapter.variables[0].dtype).size * numbers
+class BlockPlan(NamedTuple):
+    """A block that is to be built.
+
+    Attributes:
+        block_type: Its class.
+        adapter: The layer.
+        inverse_type: How it is damped.
+        name: What kind of block it is, in a word.
+    """
+
+    block_type: type[KroneckerBlock]
+    adapter: LayerAdapter
+    inverse_type: type[Inverse]
+    name: str
+
+    def build(self, add_variable: AddVariable, product_dtype: str | None) -> KroneckerBlock:
+        """The block."""
+        return self.block_type(self.adapter, add_variable, self.inverse_type, product_dtype)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the block keeps."""
+        adapter = self.adapter
+        inverse = [shape for shape, _ in _start(adapter, self.inverse_type)]
+        numbers = sum(math.prod(shape) for shape in (*adapter.factor_shapes, *inverse))
+        return tf.as_dtype(adapter.variables[0].dtype).size * numbers
 
 
 def _start(adapter: LayerAdapter, inverse_type: type[Inverse]) -> Start:

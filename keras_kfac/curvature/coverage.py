@@ -7,7 +7,8 @@ from typing import NamedTuple
 import keras
 
 from keras_kfac import _keras_internals
-from keras_kfac.curvature.block import memory
+from keras_kfac.curvature.block import BlockPlan
+from keras_kfac.curvature.choice import Curvature, CurvatureChoice
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path, own_variables
 from keras_kfac.introspection.registry import adapt, find_adapters, has_entry
 from keras_kfac.introspection.weight_sharing import Choice, WeightSharing
@@ -22,8 +23,8 @@ class CoverageRow:
         layer: Path of the layer.
         layer_type: Its class.
         weights: Number of trained weights it owns (scalars, not tensors).
-        block: Its curvature block: `"kronecker"`, or for few weights `"full"` or `"diagonal"`; or
-            `"fallback"` or `"frozen"`.
+        block: Its curvature block: `"kronecker"`, `"ekfac"`, `"input"`, `"full"` or `"diagonal"`;
+            or `"fallback"` or `"frozen"`.
         reason: Why it has no curvature block, or a coarser one than it could have; or why shared
             weights are treated by "reduce"; or empty.
         memory: Bytes that the factors and inverses of its blocks take.
@@ -92,9 +93,9 @@ class Coverage(list[CoverageRow]):
 
 
 class CoveragePlan(NamedTuple):
-    """The adapters to build blocks for, and the table that says so."""
+    """The blocks to build, and the table that says so."""
 
-    adapters: list[LayerAdapter]
+    blocks: list[BlockPlan]
     rows: Coverage
 
 
@@ -102,11 +103,13 @@ class BlockSettings(NamedTuple):
     """What a user says of the blocks.
 
     Attributes:
+        curvature: Which structure the curvature of each layer has.
         weight_sharing: How to treat weights that are used at many positions.
         inverse_type: How blocks are damped.
         max_factor_size: Factors of more rows are kept in blocks.
     """
 
+    curvature: Curvature
     weight_sharing: Choice
     inverse_type: type[Inverse]
     max_factor_size: int
@@ -129,12 +132,13 @@ def plan_coverage(
         unreachable: Reasons why a layer's tensors can't be had, by `id` of the layer.
 
     Raises:
-        ValueError: If `weight_sharing` names layers that the model does not have, or that can't
-            be treated so.
+        ValueError: If `curvature` or `weight_sharing` name layers that the model does not have, or
+            that can't be treated so.
     """
     sharing = WeightSharing(model, settings.weight_sharing)
+    choice = CurvatureChoice(model, settings.curvature)
     layers = _keras_internals.flatten_layers(model)
-    adapters: list[LayerAdapter] = []
+    blocks: list[_Block] = []
     reasons: dict[int, str] = {}  # Why a variable has no block, by its `id`.
     for layer in layers:  # Those above come first: a recurrent layer before its cell.
         found, reason = _adapters(layer, is_trained, called, unreachable or {})
@@ -143,43 +147,51 @@ def plan_coverage(
             adapter.reduces = adapter.can_reduce and bool(sharing.reduces(layer))
             for use in (adapter, *adapter.uses):
                 use.max_factor_size = settings.max_factor_size
-        adapters += found
+            block_type, note = choice.of(adapter)
+            blocks.append(_Block(block_type.plan(adapter, settings.inverse_type), note))
         own = layer.weights if has_entry(layer) else own_variables(layer)
         for variable in own:
             reasons.setdefault(id(variable), reason)
-    covered = {id(v): adapter for adapter in adapters for v in adapter.variables}
+    covered = {id(v): block for block in blocks for v in block.plan.adapter.variables}
     rows = Coverage()
-    rows.memory = sum(memory(adapter, settings.inverse_type) for adapter in adapters)
+    rows.memory = sum(block.plan.memory for block in blocks)
     for layer in layers:
         own = own_variables(layer)
         trained = [v for v in own if is_trained(v)]
         if own:
-            rows.append(_row(layer, trained, covered, reasons, sharing, settings.inverse_type))
-    return CoveragePlan(adapters, rows)
+            rows.append(_row(layer, trained, covered, reasons, sharing))
+    return CoveragePlan([block.plan for block in blocks], rows)
+
+
+class _Block(NamedTuple):
+    """A block to be built, and why it is not the chosen one, or nothing."""
+
+    plan: BlockPlan
+    note: str
 
 
 def _row(
     layer: keras.Layer,
     trained: Sequence[keras.Variable],
-    covered: Mapping[int, LayerAdapter],
+    covered: Mapping[int, _Block],
     reasons: Mapping[int, str],
     sharing: WeightSharing,
-    inverse_type: type[Inverse],
 ) -> CoverageRow:
     name, kind = layer_path(layer), type(layer).__name__
     if not trained:
         return CoverageRow(name, kind, 0, "frozen", "no trained weights")
     weights = sum(int(v.value.shape.num_elements()) for v in trained)
-    adapters = list({id(a): a for v in trained for a in [covered.get(id(v))] if a}.values())
-    if not adapters:
+    blocks = list({id(b): b for v in trained for b in [covered.get(id(v))] if b}.values())
+    if not blocks:
         return CoverageRow(name, kind, weights, "fallback", reasons[id(trained[0])])
+    adapters = [block.plan.adapter for block in blocks]
     sharing.check(layer, adapters)  # Of a cell, adapters are those of its recurrent layer.
-    notes = [*map(_coarseness, adapters)]
+    notes = [*(block.note for block in blocks), *map(_coarseness, adapters)]
     if any(adapter.reduces for adapter in adapters):
         notes.append(sharing.reduces(layer))
-    needed = sum(memory(adapter, inverse_type) for adapter in adapters)
-    reason = "; ".join(filter(None, notes))
-    return CoverageRow(name, kind, weights, adapters[0].block, reason, needed)
+    needed = sum(block.plan.memory for block in blocks)
+    reason = "; ".join(dict.fromkeys(filter(None, notes)))
+    return CoverageRow(name, kind, weights, blocks[0].plan.name, reason, needed)
 
 
 def _coarseness(adapter: LayerAdapter) -> str:

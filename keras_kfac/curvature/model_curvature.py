@@ -7,9 +7,9 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kfac.curvature.block import AddVariable, KroneckerBlock
+from keras_kfac.curvature.block import AddVariable, BlockPlan, KroneckerBlock
 from keras_kfac.curvature.spectrum import CurvatureSummary
-from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.adapters import Gradients
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.statistics import Fisher, collect
@@ -30,30 +30,26 @@ class ModelCurvature:
     """A block-diagonal approximation of a model's Fisher matrix.
 
     Args:
-        adapters: The layers to cover.
+        plans: The blocks.
         add_variable: Creates the variables.
-        inverse_type: Whether blocks are `A ⊗ G + λ I`, or damped by factor.
         product_dtype: In which to multiply gradients by inverses; `None` for that of the weights.
         spares_weak_blocks: Whether `λ` is smaller for blocks of little curvature.
 
     Attributes:
-        blocks: One block for each adapted layer.
+        blocks: One block for each plan.
     """
 
     def __init__(
         self,
-        adapters: Sequence[LayerAdapter],
+        plans: Sequence[BlockPlan],
         add_variable: AddVariable,
-        inverse_type: type[Inverse],
         product_dtype: str | None,
         spares_weak_blocks: bool,
     ) -> None:
         self._spares_weak_blocks = spares_weak_blocks
         self.blocks = [
-            KroneckerBlock(
-                adapter, _prefixed(add_variable, f"block.{index}."), inverse_type, product_dtype
-            )
-            for index, adapter in enumerate(adapters)
+            plan.build(_prefixed(add_variable, f"block.{index}."), product_dtype)
+            for index, plan in enumerate(plans)
         ]
         self._dtype = tf.float32
         if any(block.input_factor.dtype == "float64" for block in self.blocks):
@@ -68,11 +64,12 @@ class ModelCurvature:
         decay: tf.Tensor,
     ) -> None:
         """Includes the factors of the given forward passes in the moving averages."""
-        adapters = [block.adapter for block in self.blocks]
+        each = [(block, block.observers) for block in self.blocks]
+        adapters = [adapter for _, observers in each for adapter in observers]
         batch = collect(passes, adapters, fisher, seed, self._dtype, samples)
-        for block in self.blocks:
-            statistics = batch.layers.get(id(block.adapter))
-            if statistics is not None:
+        for block, observers in each:
+            if id(block.adapter) in batch.layers:
+                statistics = [batch.layers[id(adapter)] for adapter in observers]
                 block.update(statistics, batch.examples, decay)
 
     @property

@@ -17,6 +17,7 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
+from keras_kfac.math.example_gradients import OneHot
 from keras_kfac.math.linalg import RowPairs, some_rows
 from keras_kfac.math.structure import Structure, Structures
 
@@ -53,17 +54,21 @@ class LayerAdapter(abc.ABC):
         part: Which part of the layer it is; empty if it is the whole.
         reduces: Whether inputs are averaged, and gradients summed, over positions first.
         max_factor_size: A factor of more rows is kept in blocks.
+        has_isotropic_outputs: Whether of the output factor no more than its mean eigenvalue is
+            kept.
     """
 
     part = ""
     takes_slices = False  # Whether `to_matrix` and `from_matrix` take `tf.IndexedSlices`.
     with_activation = False  # Whether the layer's outputs are those after its activation.
     can_reduce = False  # Whether it can treat shared weights by "reduce", as `reduces` says.
+    has_row_pairs = False  # Whether the gradient of an example is `row_pairs`, summed up.
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         self.layer = layer
         self.reduces = False
         self.max_factor_size = MAX_FACTOR_SIZE
+        self.has_isotropic_outputs = False
         self._trained = trained
 
     @classmethod
@@ -131,7 +136,14 @@ class LayerAdapter(abc.ABC):
 
     @property
     def structures(self) -> Structures:
-        """What is kept of the input factor and the output factor: of each group, all."""
+        """What is kept of the input factor and the output factor."""
+        rows, columns = self._structures()
+        if self.has_isotropic_outputs:
+            columns = Structure(columns.size, is_isotropic=True)
+        return rows, columns
+
+    def _structures(self) -> Structures:
+        """What is kept unless the user wants less: of each group, all."""
         rows, columns = map(Structure, self.dims)
         if self.groups is None:
             rows, columns = (s.split(self.max_factor_size) for s in (rows, columns))
@@ -172,6 +184,12 @@ class LayerAdapter(abc.ABC):
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of output gradients: `[..., batch, positions, d_out]`."""
 
+    def row_pairs(
+        self, inputs: tf.Tensor, gradients: tf.Tensor, *observed: Any
+    ) -> tuple[tf.Tensor | OneHot, tf.Tensor]:
+        """Rows of inputs and of output gradients, position by position: what gradients sum up."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def to_matrix(self, gradients: Gradients) -> tf.Tensor:
         """Joins the gradients of the variables into `[..., d_in, d_out]`."""
@@ -203,6 +221,7 @@ class AffineAdapter(LayerAdapter):
     bias_name: str | None = "bias"
     has_masks = False  # Whether a mask `[batch, steps]` is for its positions, steps first.
     can_reduce = True
+    has_row_pairs = True
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         super().__init__(layer, trained)
@@ -267,6 +286,12 @@ class AffineAdapter(LayerAdapter):
         if self.bias is None:
             return rows
         return factors.with_homogeneous_coordinate(rows)
+
+    def row_pairs(
+        self, inputs: tf.Tensor, gradients: tf.Tensor, *observed: Any
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rows of inputs and of output gradients."""
+        return self.input_rows(inputs), self.output_rows(gradients, *observed)
 
     def to_matrix(self, gradients: Gradients) -> tf.Tensor:
         """Joins kernel and bias gradients into `[..., d_in, d_out]`."""

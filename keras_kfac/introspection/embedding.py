@@ -14,6 +14,7 @@ from keras_kfac.introspection.adapters import (
 )
 from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
+from keras_kfac.math.example_gradients import OneHot
 from keras_kfac.math.kronecker import product_for_sum
 from keras_kfac.math.linalg import Gradient
 from keras_kfac.math.structure import Structure, Structures
@@ -27,6 +28,7 @@ class EmbeddingAdapter(LayerAdapter):
     """
 
     takes_slices = True
+    has_row_pairs = True
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         super().__init__(layer, trained)
@@ -47,8 +49,7 @@ class EmbeddingAdapter(LayerAdapter):
         """Number of indices, length of a vector."""
         return tuple(self._table.shape)
 
-    @property
-    def structures(self) -> Structures:
+    def _structures(self) -> Structures:
         """The input factor is diagonal as it is."""
         return Structure(self.dims[0], is_diagonal=True), Structure(self.dims[1])
 
@@ -60,11 +61,21 @@ class EmbeddingAdapter(LayerAdapter):
         *observed: Any,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """How often each index occurs, and how many indices there are."""
-        indices = tf.cast(inputs, tf.int32)
-        indices = tf.reshape(indices, [tf.shape(indices)[0], -1])
+        indices = self._indices(inputs)
         counts = indices != 0 if self.layer.mask_zero else tf.ones_like(indices)
         weights = factors.row_weights(example_weights, tf.cast(counts, dtype))
         return factors.index_moment(indices, self.dims[0], weights)
+
+    def _indices(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Those that an example looks up, `[batch, positions]`."""
+        indices = tf.cast(inputs, tf.int32)
+        return tf.reshape(indices, [tf.shape(indices)[0], -1])
+
+    def row_pairs(
+        self, inputs: tf.Tensor, gradients: tf.Tensor, *observed: Any
+    ) -> tuple[OneHot, tf.Tensor]:
+        """One-hot rows, and those of the gradients of vectors."""
+        return OneHot(self._indices(inputs), self.dims[0]), self.output_rows(gradients)
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of the gradients of the vectors that were looked up."""
@@ -95,6 +106,7 @@ class ReversibleEmbeddingAdapter(EmbeddingAdapter):
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
         super().__init__(layer, trained)
         self.part = "" if layer.tie_weights else "embeddings"
+        self.has_row_pairs = not layer.tie_weights
         self._uses = [self, *([_TiedReverseAdapter(layer, trained)] if layer.tie_weights else [])]
 
     @property
@@ -118,6 +130,7 @@ class ReverseAdapter(LayerAdapter):
     """The matrix that projects back in `keras.layers.ReversibleEmbedding`, a dense layer's."""
 
     part = "reverse_embeddings"
+    has_row_pairs = True
 
     @classmethod
     def methods(cls) -> Collection[str]:
@@ -154,6 +167,12 @@ class ReverseAdapter(LayerAdapter):
         rows = rows_of_positions(tf.cast(inputs, dtype))
         return masked_moment(rows, example_weights, observed[1:], self.structures[0])
 
+    def row_pairs(
+        self, inputs: tf.Tensor, gradients: tf.Tensor, *observed: Any
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rows of vectors, and of gradients of logits."""
+        return rows_of_positions(inputs), self.output_rows(gradients, *observed)
+
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of the gradients of the logits, before they are capped."""
         cap = self.layer.logit_soft_cap
@@ -173,7 +192,6 @@ class ReverseAdapter(LayerAdapter):
 class _TiedReverseAdapter(ReverseAdapter):
     """The projection back by the table of the embedding; a use of that, not a block."""
 
-    @property
-    def structures(self) -> Structures:
+    def _structures(self) -> Structures:
         """As those of the embedding, the other way round."""
         return Structure(self.dims[0]), Structure(self.dims[1], is_diagonal=True)

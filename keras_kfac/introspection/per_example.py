@@ -15,13 +15,44 @@ from keras_kfac.math.structure import Structure, Structures
 MAX_FULL_BLOCK = 256
 
 
-class PerExampleAdapter(LayerAdapter):
-    """Weights whose gradient can be had for each example of the batch.
+class ExactAdapter(LayerAdapter):
+    """Weights whose Fisher matrix is computed as it is, or the diagonal of it.
 
     The input factor is 1, and the rows of the "outputs" are the gradients of all weights for one
-    example, so that the output factor is the Fisher matrix of the weights itself: in full if they
-    are few (256), else its diagonal. Nothing is approximated but what lies between layers, in any
-    network.
+    example, so that the output factor is the Fisher matrix of the weights itself. Nothing is
+    approximated but what lies between blocks.
+
+    Attributes:
+        max_full_block: Of more weights than this only the diagonal is kept.
+    """
+
+    max_full_block: float = MAX_FULL_BLOCK
+
+    @property
+    def block(self) -> str:
+        """Whether the block is full or diagonal."""
+        return "diagonal" if self.structures[1].is_diagonal else "full"
+
+    def _structures(self) -> Structures:
+        """The second is diagonal if the weights are too many for a full block."""
+        size = self.dims[1]
+        return Structure(1), Structure(size, is_diagonal=size > self.max_full_block)
+
+    def input_moment(
+        self,
+        inputs: tf.Tensor,
+        example_weights: tf.Tensor | None,
+        dtype: tf.DType,
+        *observed: Any,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The constant 1."""
+        return tf.ones(self.factor_shapes[0], dtype), tf.ones((), dtype)
+
+
+class PerExampleAdapter(ExactAdapter):
+    """Weights whose gradient can be had for each example of the batch.
+
+    Their block is full if they are few (256), else diagonal, in any network.
 
     A subclass defines `example_gradients`.
     """
@@ -42,30 +73,9 @@ class PerExampleAdapter(LayerAdapter):
         return self._variables
 
     @property
-    def block(self) -> str:
-        """Whether the block is full or diagonal."""
-        return "diagonal" if self.structures[1].is_diagonal else "full"
-
-    @property
     def dims(self) -> tuple[int, int]:
         """One row; a column for each weight."""
         return 1, sum(self._sizes)
-
-    @property
-    def structures(self) -> Structures:
-        """The second is diagonal if the weights are too many for a full block."""
-        size = self.dims[1]
-        return Structure(1), Structure(size, is_diagonal=size > MAX_FULL_BLOCK)
-
-    def input_moment(
-        self,
-        inputs: tf.Tensor,
-        example_weights: tf.Tensor | None,
-        dtype: tf.DType,
-        *observed: Any,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """The constant 1."""
-        return tf.ones(self.factor_shapes[0], dtype), tf.ones((), dtype)
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Gradients of the weights for each example: `[batch, 1, d_out]`."""

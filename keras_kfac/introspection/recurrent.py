@@ -41,6 +41,7 @@ class RecurrentAdapter(LayerAdapter):
 
     cells: tuple[type[keras.Layer], ...]  # The cells that have this part.
     with_activation = True
+    has_row_pairs = True
 
     def __init__(
         self,
@@ -147,6 +148,12 @@ class RecurrentAdapter(LayerAdapter):
         """What the weights multiply, `[..., batch, steps, d_in]`."""
         rows = {"kernel": inputs, "recurrent_kernel": states, "bias": tf.ones_like(states[..., :1])}
         return tf.concat([rows[name] for name in self._weights], axis=-1)
+
+    def row_pairs(
+        self, inputs: tf.Tensor, gradients: tf.Tensor, *observed: Any
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rows of inputs and states, and of gradients."""
+        return self.input_rows(*observed[:2]), self.output_rows(gradients, *observed)
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Gradients by what the weights add to: `[..., batch, steps, d_out]`."""

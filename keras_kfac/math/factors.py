@@ -141,6 +141,9 @@ def output_factor(rows: tf.Tensor, structure: Structure | None = None) -> tf.Ten
 def _moment(rows: tf.Tensor, structure: Structure | None) -> tf.Tensor:
     if structure is not None and structure.is_diagonal:
         return tf.reduce_sum(tf.square(rows), axis=[-3, -2])
+    if structure is not None and structure.is_isotropic:
+        total = tf.reduce_sum(tf.square(rows), axis=[-3, -2, -1]) / structure.size
+        return total[..., tf.newaxis, tf.newaxis]
     merged = _merge_positions(rows)
     if structure is not None and structure.blocks > 1:
         merged = structure.parts(merged)

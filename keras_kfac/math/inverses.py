@@ -78,28 +78,36 @@ class FactoredInverse(NamedTuple):
 
 
 class ExactInverse(NamedTuple):
-    """`(A ⊗ G + λ I)⁻¹` by the eigenbases of `A` and `G`.
+    """`(A ⊗ G + λ I)⁻¹` by the eigenbases of `A` and `G`, or with other eigenvalues in these.
 
     Attributes:
         input_basis: Eigenvectors of `A` in columns, `[..., d_in, d_in]`.
         output_basis: Those of `G`, `[..., d_out, d_out]`.
-        eigenvalues: Of the inverse, `1 / (aᵢ gⱼ + λ)`, `[..., d_in, d_out]`.
+        eigenvalues: Before damping: `aᵢ gⱼ`, `[..., d_in, d_out]`.
+        damping: `λ`, scalar.
         condition_number: Of the damped product in the 2-norm, the largest if there are several.
     """
 
     input_basis: tf.Tensor
     output_basis: tf.Tensor
     eigenvalues: tf.Tensor
+    damping: tf.Tensor
     condition_number: tf.Tensor
 
     @classmethod
     def of(cls, input_factor: tf.Tensor, output_factor: tf.Tensor, damping: tf.Tensor) -> Self:
-        """The inverse for factors `A` and `G` and damping `λ`; not finite if it fails."""
+        """The inverse for factors `A` and `G` and damping `λ`.
+
+        Where that fails, the condition number is not finite.
+        """
         a, input_basis = eigen_decomposition(input_factor)
         g, output_basis = eigen_decomposition(output_factor)
-        damped = a[..., :, tf.newaxis] * g[..., tf.newaxis, :] + scalar(damping, a.dtype)
+        damping = scalar(damping, a.dtype)
+        eigenvalues = a[..., :, tf.newaxis] * g[..., tf.newaxis, :]
+        damped = eigenvalues + damping
         largest, smallest = (f(damped, axis=[-2, -1]) for f in (tf.reduce_max, tf.reduce_min))
-        return cls(input_basis, output_basis, 1 / damped, tf.reduce_max(largest / smallest))
+        ratios = tf.where(smallest > 0, largest / smallest, float("inf"))
+        return cls(input_basis, output_basis, eigenvalues, damping, tf.reduce_max(ratios))
 
     @staticmethod
     def start(input_factor: Shape, output_factor: Shape) -> Start:
@@ -107,20 +115,40 @@ class ExactInverse(NamedTuple):
         bases = [(input_factor, identity), (output_factor, identity)]
         # A diagonal factor has no leading axes; blocks broadcast with those of the other factor.
         leading = tuple(map(max, zip(input_factor[:-2], output_factor[:-2])))
-        return [*bases, ((*leading, input_factor[-1], output_factor[-1]), tf.ones), ((), tf.ones)]
+        values = (*leading, input_factor[-1], output_factor[-1])
+        return [*bases, (values, tf.ones), ((), tf.zeros), ((), tf.ones)]
 
     def precondition(self, gradient: Gradient) -> Gradient:
         """The product with a gradient `[..., d_in, d_out]`."""
         inside = left_product(self.input_basis, gradient, transpose=True)
-        inside = scaled_rows(right_product(inside, self.output_basis), self.eigenvalues)
+        inside = scaled_rows(right_product(inside, self.output_basis), self._inverted())
         outside = right_product(inside, self.output_basis, transpose=True)
         return left_product(self.input_basis, outside)
 
-    def inner_product(self, other: Any) -> tf.Tensor:
+    def _inverted(self) -> tf.Tensor:
+        """Eigenvalues of the inverse."""
+        return 1 / (self.eigenvalues + self.damping)
+
+    def diagonal_in(self, other: Self, values: tf.Tensor) -> tf.Tensor:
+        """What a matrix that is diagonal in these bases has on its diagonal in others.
+
+        Args:
+            other: An inverse with the other bases.
+            values: The matrix in these, shaped as the eigenvalues.
+
+        Example:
+        >>> bases = [(tf.eye(2), tf.eye(1)), (tf.constant([[0.0, 1.0], [1.0, 0.0]]), tf.eye(1))]
+        >>> here, there = (ExactInverse(*pair, tf.ones([2, 1]), 0.0, 1.0) for pair in bases)
+        >>> here.diagonal_in(there, tf.constant([[3.0], [5.0]])).numpy().tolist()
+        [[5.0], [3.0]]
+        """
+        a, g = (_overlaps(new, old) for new, old in zip(other[:2], self[:2]))
+        return right_product(left_product(a, values), g, transpose=True)
+
+    def inner_product(self, other: Self) -> tf.Tensor:
         """Trace of the product with another such inverse, scalar."""
-        a, g = (_overlaps(mine, others) for mine, others in zip(self[:2], other[:2]))
-        turned = right_product(left_product(a, other.eigenvalues), g, transpose=True)
-        return tf.reduce_sum(self.eigenvalues * turned)
+        turned = other.diagonal_in(self, other._inverted())
+        return tf.reduce_sum(self._inverted() * turned)
 
 
 def _overlaps(basis: tf.Tensor, other: tf.Tensor) -> tf.Tensor:

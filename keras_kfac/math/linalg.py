@@ -1,8 +1,9 @@
 """Linear algebra of symmetric positive definite matrices.
 
 A vector `[d]` stands for the diagonal matrix whose diagonal it is, wherever a matrix
-`[..., d, d]` can. Gradients can be `tf.IndexedSlices`, a few rows of a matrix, or `RowPairs`, what
-a matrix is the sum of.
+`[..., d, d]` can; in products a matrix `[..., 1, 1]` stands for that multiple of the identity.
+Gradients can be `tf.IndexedSlices`, a few rows of a matrix, or `RowPairs`, what a matrix is the sum
+of.
 """
 
 import itertools
@@ -75,6 +76,11 @@ def is_diagonal(matrix: tf.Tensor) -> bool:
     return matrix.shape.rank == 1
 
 
+def _is_isotropic(matrix: tf.Tensor) -> bool:
+    """Whether it is a number that stands for a multiple of the identity, or is one."""
+    return matrix.shape[-1] == 1 and not is_diagonal(matrix)
+
+
 def _of_each(values: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
     """Values `[...]`, one for each matrix `[..., d, d]`, to multiply these by."""
     return values if is_diagonal(matrix) else values[..., tf.newaxis, tf.newaxis]
@@ -103,12 +109,15 @@ def scaled_plus_identity(scale: tf.Tensor, matrix: tf.Tensor, amount: tf.Tensor)
 
 def left_product(matrix: tf.Tensor, gradient: Gradient, transpose: bool = False) -> Gradient:
     """`M X`, or `Mᵀ X`; a few rows of `X` can be multiplied by a diagonal matrix only."""
+    is_number = _is_isotropic(matrix)
     if isinstance(gradient, RowPairs):
-        if is_diagonal(matrix):
+        if is_number or is_diagonal(matrix):
             return gradient._replace(inputs=gradient.inputs * matrix)
         # Not `rows @ Mᵀ`: with a few hundred rows Eigen takes three times as long for that.
         columns = tf.matmul(matrix, gradient.inputs, transpose_a=transpose, transpose_b=True)
         return gradient._replace(inputs=tf.linalg.matrix_transpose(columns))
+    if is_number:
+        return right_product(gradient, matrix)
     if not is_diagonal(matrix):
         return tf.matmul(matrix, gradient, transpose_a=transpose)
     return scaled_rows(gradient, matrix[:, tf.newaxis])
@@ -121,7 +130,7 @@ def right_product(gradient: Gradient, matrix: tf.Tensor, transpose: bool = False
         return tf.IndexedSlices(product, gradient.indices, gradient.dense_shape)
     if isinstance(gradient, RowPairs):
         return gradient._replace(outputs=right_product(gradient.outputs, matrix, transpose))
-    if is_diagonal(matrix):
+    if is_diagonal(matrix) or _is_isotropic(matrix):
         return gradient * matrix
     return tf.matmul(gradient, matrix, transpose_b=transpose)
 

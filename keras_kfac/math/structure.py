@@ -1,8 +1,9 @@
-"""What of a Kronecker factor is kept: all, equal blocks on its diagonal, or the diagonal alone.
+"""What of a Kronecker factor is kept: all, equal blocks on its diagonal, the diagonal, its mean.
 
-Blocks are a matrix `[k, b, b]`; the last one is filled up with zeros. So that they multiply the
-parts of a gradient that belong to them, factors in blocks have an axis for each of both:
-`[k, 1, b, b]` from the left and `[1, l, c, c]` from the right of the gradient `[k, l, b, c]`.
+The mean of the diagonal is a matrix `[1, 1]` and stands for that multiple of the identity. Blocks
+are a matrix `[k, b, b]`; the last one is filled up with zeros. So that they multiply the parts of a
+gradient that belong to them, factors in blocks have an axis for each of both: `[k, 1, b, b]` from
+the left and `[1, l, c, c]` from the right of the gradient `[k, l, b, c]`.
 """
 
 from collections.abc import Sequence
@@ -22,18 +23,20 @@ class Structure(NamedTuple):
         size: Number of rows.
         blocks: Number of blocks on the diagonal, 1 for the whole matrix.
         is_diagonal: Whether only the diagonal is kept.
+        is_isotropic: Whether only the mean of the diagonal is kept.
     """
 
     size: int
     blocks: int = 1
     is_diagonal: bool = False
+    is_isotropic: bool = False
 
     def split(self, largest: int) -> Self:
         """The same in as few blocks as make none larger than that.
 
         Example:
-        >>> Structure(10).split(4)
-        Structure(size=10, blocks=3, is_diagonal=False)
+        >>> Structure(10).split(4).blocks
+        3
         """
         return self._replace(blocks=-(-self.size // largest))
 
@@ -43,8 +46,15 @@ class Structure(NamedTuple):
         return -(-self.size // self.blocks)
 
     @property
+    def copies(self) -> int:
+        """How many eigenvalues one of what is kept stands for."""
+        return self.size if self.is_isotropic else 1
+
+    @property
     def shape(self) -> Shape:
         """Of what is kept."""
+        if self.is_isotropic:
+            return (1, 1)
         if self.is_diagonal:
             return (self.size,)
         whole = (self.block_size, self.block_size)
@@ -110,7 +120,7 @@ def products(structures: Structures, pairs: int | None = None) -> int:
     (625000000, 162500000)
     """
     d_in, d_out = (structure.size for structure in structures)
-    each = [1 if s.is_diagonal else s.block_size for s in structures]
+    each = [1 if s.is_diagonal or s.is_isotropic else s.block_size for s in structures]
     if pairs is None:
         return d_in * d_out * sum(each)
     return pairs * (d_in * each[0] + d_out * each[1] + d_in * d_out)
@@ -155,7 +165,14 @@ def to_blocks(matrix: Gradient, structures: Structures) -> Gradient:
         return RowPairs(
             rows.parts(matrix.inputs)[:, tf.newaxis], columns.parts(matrix.outputs)[tf.newaxis]
         )
-    matrix = columns.padded(rows.padded(matrix, axis=0), axis=1)
+    return whole_blocks(columns.padded(rows.padded(matrix, axis=0), axis=1), structures)
+
+
+def whole_blocks(matrix: tf.Tensor, structures: Structures) -> tf.Tensor:
+    """`to_blocks` of a matrix whose last blocks are filled up already."""
+    if not in_blocks(structures):
+        return matrix
+    rows, columns = structures
     shape = [rows.blocks, rows.block_size, columns.blocks, columns.block_size]
     return tf.transpose(tf.reshape(matrix, shape), [0, 2, 1, 3])
 

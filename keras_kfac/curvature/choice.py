@@ -1,0 +1,98 @@
+"""Which structure the curvature of each layer has."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+
+from keras_kfac import _keras_internals
+from keras_kfac.curvature.block import KroneckerBlock
+from keras_kfac.curvature.eigenbasis import EigenbasisBlock
+from keras_kfac.curvature.exact import DiagonalBlock, FullBlock
+from keras_kfac.curvature.input_only import InputBlock
+from keras_kfac.introspection.adapters import LayerAdapter, layer_path
+
+STRUCTURES: dict[str, type[KroneckerBlock]] = {
+    "kfac": KroneckerBlock,
+    "ekfac": EigenbasisBlock,
+    "input": InputBlock,
+    "diagonal": DiagonalBlock,
+    "full": FullBlock,
+}
+KFAC = "kfac"
+
+Curvature = str | Mapping[str | type[keras.Layer], str] | Callable[[keras.Layer], str | None]
+"""A structure for all layers; for some by name, path or class; or a function of the layer."""
+
+
+class CurvatureChoice:
+    """The structure of each layer's block.
+
+    Args:
+        model: A built model.
+        curvature: What the user chose.
+
+    Raises:
+        ValueError: If the choice names layers that the model does not have.
+    """
+
+    def __init__(self, model: keras.Model, curvature: Curvature) -> None:
+        self._curvature = curvature
+        if not isinstance(curvature, Mapping):
+            return
+        keys = {k for layer in _keras_internals.flatten_layers(model) for k in _keys(layer)}
+        unknown = [key for key in curvature if key not in keys]
+        if unknown:
+            raise ValueError(
+                "`curvature` names layers that the model does not have. Use names that "
+                "`model.summary()` shows, or classes of layers. Received: "
+                f"{unknown} for model {model.name!r}"
+            )
+
+    def of(self, adapter: LayerAdapter) -> tuple[type[KroneckerBlock], str]:
+        """The class of the block of a layer, and why it is not the chosen one, or nothing.
+
+        Raises:
+            ValueError: If a function says what is no structure, or a layer chosen by itself can't
+                have the structure.
+        """
+        name, is_own = self._chosen(adapter.layer)
+        if name not in STRUCTURES:
+            raise ValueError(
+                f"A function as `curvature` must return one of {list(STRUCTURES)} or None. "
+                f"Received: {name!r} for layer {layer_path(adapter.layer)!r}"
+            )
+        reason = STRUCTURES[name].unsuitable(adapter)
+        if reason is None:
+            return STRUCTURES[name], ""
+        if is_own:
+            raise ValueError(
+                f"`curvature` can't be {name!r} for a {type(adapter.layer).__name__}: {reason}. "
+                f"Received: {name!r} for layer {layer_path(adapter.layer)!r}"
+            )
+        return STRUCTURES[KFAC], f"not {name!r}: {reason}"
+
+    def _chosen(self, layer: keras.Layer) -> tuple[str, bool]:
+        """The name of a structure, and whether it was chosen for this layer by itself."""
+        curvature = self._curvature
+        if isinstance(curvature, str):
+            return curvature, False
+        if not isinstance(curvature, Mapping):
+            return curvature(layer) or KFAC, False
+        for key in _keys(layer):
+            if key in curvature:
+                return curvature[key], key in (layer.name, layer_path(layer))
+        return KFAC, False
+
+
+def _keys(layer: keras.Layer) -> list[str | type]:
+    """What a user can call a layer, the most precise first."""
+    classes = [c for c in type(layer).__mro__ if issubclass(c, keras.Layer)]
+    return [layer_path(layer), layer.name, *(key for c in classes for key in (c, c.__name__))]
+
+
+def curvature_to_config(curvature: Curvature) -> Any:
+    """What a config can hold of a choice: names for classes, functions as Keras saves them."""
+    if isinstance(curvature, Mapping):
+        return {k if isinstance(k, str) else k.__name__: name for k, name in curvature.items()}
+    return keras.saving.serialize_keras_object(curvature)

@@ -1,0 +1,95 @@
+"""EKFAC: the eigenbases of the Kronecker factors, with the second moments of gradients in these.
+
+Source: George, Laurent, Bouthillier, Ballas & Vincent (2018), "Fast approximate natural gradient
+descent in a Kronecker-factored eigenbasis", arXiv:1806.03884.
+"""
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
+from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.example_gradients import RotatedSquaresAdapter
+from keras_kfac.introspection.per_example import ExactAdapter
+from keras_kfac.introspection.statistics import LayerStatistics
+from keras_kfac.math.inverses import ExactInverse, Inverse
+from keras_kfac.math.linalg import is_finite
+from keras_kfac.math.moving_average import weighted_average
+from keras_kfac.math.structure import whole_blocks
+
+
+class EigenbasisBlock(KroneckerBlock):
+    """`U (S + λ I)⁻¹ Uᵀ`: `U` are the eigenvectors of `A ⊗ G`, `S` the diagonal of `Uᵀ F U`.
+
+    K-FAC's block has the products of the eigenvalues of `A` and `G` for `S`. Of all that are
+    diagonal in these bases this one is nearest to the Fisher matrix, and has its trace.
+
+    `S` is the moving average of the squares of the gradients of single examples in the bases that
+    are kept, updated with the factors. When the bases are renewed it becomes the diagonal that the
+    old approximation has in the new bases, so that it forgets nothing; at first, that of K-FAC.
+    """
+
+    @classmethod
+    def unsuitable(cls, adapter: LayerAdapter) -> str | None:
+        """Why the structure can't be had for a layer; `None` if it can."""
+        if adapter.has_row_pairs or isinstance(adapter, ExactAdapter):
+            return None
+        return "it needs gradients of single examples as products of rows"
+
+    @classmethod
+    def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> BlockPlan:
+        """What to build for a layer that it suits: damped exactly in any case."""
+        if isinstance(adapter, ExactAdapter):  # Which is better still.
+            return KroneckerBlock.plan(adapter, inverse_type)
+        return BlockPlan(cls, adapter, ExactInverse, "ekfac")
+
+    @property
+    def observers(self) -> Sequence[LayerAdapter]:
+        """The layer, and the squares in the bases that are kept."""
+        shapes, bases = self.adapter.factor_shapes, self.inverse[:2]
+        plain = [tf.reshape(basis, shape) for basis, shape in zip(bases, shapes)]
+        return [self.adapter, RotatedSquaresAdapter(self.adapter, (plain[0], plain[1]))]
+
+    def update(
+        self, statistics: Sequence[LayerStatistics], examples: tf.Tensor, decay: tf.Tensor
+    ) -> None:
+        """Includes the statistics of a batch in the moving averages, unless they are not finite."""
+        old, variable = self.inverse.eigenvalues, self._eigenvalues
+        squares = self._as_eigenvalues(statistics[1].output_factor)
+        average, _ = weighted_average(
+            old,
+            tf.convert_to_tensor(self.weight),
+            tf.cast(squares, old.dtype),
+            tf.cast(examples, old.dtype),
+            tf.cast(decay, old.dtype),
+        )
+        # Before the first refresh there are no bases.
+        counts = self._is_refreshed & is_finite(squares)
+        variable.assign(tf.where(counts, average, old))
+        super().update(statistics, examples, decay)
+
+    def invert(self, damping: tf.Tensor) -> ExactInverse:
+        """The inverse in the eigenbases of the factors as they are now."""
+        new: ExactInverse = super().invert(damping)
+        old: ExactInverse = self.inverse
+        values = tf.where(
+            self._is_refreshed, old.diagonal_in(new, old.eigenvalues), new.eigenvalues
+        )
+        return new._replace(eigenvalues=values)
+
+    @property
+    def _eigenvalues(self) -> keras.Variable:
+        return self._inverse[ExactInverse._fields.index("eigenvalues")]
+
+    @property
+    def _is_refreshed(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self.refreshes) > 0
+
+    def _as_eigenvalues(self, squares: tf.Tensor) -> tf.Tensor:
+        """Squares in a row, as the eigenvalues lie."""
+        sizes = [s.blocks * s.block_size for s in self._structures]
+        if self.adapter.groups is not None:
+            return tf.reshape(squares, [self.adapter.groups, *sizes])
+        return whole_blocks(tf.reshape(squares, sizes), self._structures)

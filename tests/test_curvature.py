@@ -1,0 +1,372 @@
+"""Structures of curvature: each against the dense Fisher matrix, and how they are chosen."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kfac import KFAC
+from keras_kfac.curvature.choice import STRUCTURES
+from keras_kfac.introspection import example_gradients as introspection
+from keras_kfac.introspection import registry
+from keras_kfac.math import example_gradients, structure
+from keras_kfac.math.inverses import ExactInverse
+from tests import helpers, test_recurrent
+from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, SCALES, collected, mlp
+from tests.oracle import in_network, places, random_inputs
+from tests.reference import assert_close, dense_ggn, kron, layer_block
+
+layers = keras.layers
+MSE = LOSS["mse"].make
+BASES = ("input_basis", "output_basis")
+
+
+# ---- Statistics, against the dense Fisher matrix ------------------------------------------------
+
+
+def adapters_with_pairs(layer):
+    found = registry.adapt(layer, lambda v: v.trainable)
+    return [adapter for adapter in found if adapter.has_row_pairs]
+
+
+def orthonormal(rng, shape):
+    """Random bases, or the diagonal of the identity."""
+    if len(shape) == 1:
+        return tf.ones(shape, tf.float64)
+    return tf.constant(np.linalg.qr(rng.normal(size=shape))[0])
+
+
+def dense_block(model, x, adapter):
+    """The Fisher matrix of the weights of an adapter, in the order of its matrix, row by row."""
+    y = np.zeros(model(x).shape)
+    dense = dense_ggn(model, MSE(), x, y, adapter.variables, pfor=False)
+    index = places(adapter).ravel()
+    return dense[np.ix_(index, index)]
+
+
+def check_statistics(model, layer, x):
+    """That full, diagonal and rotated second moments are those of the Fisher matrix."""
+    rng = np.random.default_rng(3)
+    for base in adapters_with_pairs(layer):
+        bases = [orthonormal(rng, shape) for shape in base.factor_shapes]
+        each = [
+            introspection.ExampleGradientsAdapter(base, np.inf),
+            introspection.ExampleGradientsAdapter(base, 0),
+            introspection.RotatedSquaresAdapter(base, bases),
+        ]
+        full, diagonal, squares = (s.output_factor for s in collected(model, MSE(), x, each))
+        expected = dense_block(model, x, base)
+        assert_close(full, expected)
+        assert_close(diagonal, np.diag(expected))
+        rotation = rotation_of(base, bases)
+        assert_close(squares, np.diag(rotation.T @ expected @ rotation))
+
+
+def rotation_of(adapter, bases):
+    """Products of eigenvectors in the columns of a matrix, in groups one after the other."""
+    a, g = (np.diag(b) if b.shape.rank == 1 else b.numpy() for b in bases)
+    if adapter.groups is None:
+        a, g = a[None], g[None]
+    blocks = [kron(own_a, own_g) for own_a, own_g in zip(a, g, strict=True)]
+    size = len(blocks[0])
+    result = np.zeros((len(blocks) * size, len(blocks) * size))
+    for i, block in enumerate(blocks):
+        result[i * size : (i + 1) * size, i * size : (i + 1) * size] = block
+    return result
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *COMPOSED_LAYERS], ids=str)
+def test_statistics_are_those_of_the_fisher_matrix(case):
+    """Of layers in a network that is not linear: nothing is approximated within a layer."""
+    model, layer = in_network(case)
+    check_statistics(model, layer, random_inputs(model, 3))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "gru-reset-before", "conv-lstm", "stacked"])
+def test_statistics_of_recurrent_layers(name):
+    keras.utils.set_random_seed(0)
+    layer = test_recurrent.LAYERS[name](return_sequences=True)
+    x = test_recurrent.inputs_for(name, 3)
+    model = keras.Sequential(
+        [keras.Input(x.shape[1:], dtype="float64"), layer, layers.Dense(2, dtype="float64")]
+    )
+    check_statistics(model, layer, x)
+
+
+@pytest.mark.parametrize("shape", [(), (5,)], ids=str)
+def test_statistics_of_embeddings(shape):
+    """Indices occur several times in an example: their gradients add up before they are squared."""
+    keras.utils.set_random_seed(0)
+    embedding = layers.Embedding(4, 3, dtype="float64")
+    after = [layers.Activation("tanh", dtype="float64"), layers.Dense(2, dtype="float64")]
+    model = keras.Sequential([keras.Input(shape, dtype="int32"), embedding, *after])
+    check_statistics(model, embedding, np.random.default_rng(0).integers(0, 4, size=(6, *shape)))
+
+
+def test_squares_of_positions_are_something_else():
+    """The mean of squares over positions, in place of the square of the sum."""
+    rng = np.random.default_rng(0)
+    inputs, outputs = (tf.constant(rng.normal(size=(3, 4, d))) for d in (2, 5))
+    right = example_gradients.squared_gradients(inputs, outputs)
+    wrong = tf.einsum("npi,npo->io", tf.square(inputs), tf.square(outputs))
+    assert np.abs(right - wrong).max() > 0.1 * np.abs(right).max()
+
+
+def test_examples_in_chunks_add_up(monkeypatch):
+    rng = np.random.default_rng(0)
+    inputs, outputs = (tf.constant(rng.normal(size=(2, 7, 4, d))) for d in (3, 5))
+    whole = example_gradients.squared_gradients(inputs, outputs)
+    monkeypatch.setattr(example_gradients, "_CHUNK", 2 * 3 * 5)
+    assert_close(example_gradients.squared_gradients(inputs, outputs), whole, 1e-13)
+
+
+def test_rows_that_do_not_count_can_hold_anything():
+    rng = np.random.default_rng(0)
+    inputs, outputs = (rng.normal(size=(3, 2, d)) for d in (2, 4))
+    outputs[1, 1] = 0
+    expected = example_gradients.squared_gradients(tf.constant(inputs), tf.constant(outputs))
+    inputs[1, 1] = np.inf
+    actual = example_gradients.squared_gradients(tf.constant(inputs), tf.constant(outputs))
+    np.testing.assert_array_equal(actual, expected)
+
+
+class TestEigenbasis:
+    """Identity 13: of all that are diagonal in the bases, EKFAC is nearest to the Fisher matrix."""
+
+    def blocks(self):
+        """Fisher matrix, K-FAC's and EKFAC's, for each layer of a network."""
+        model, case = mlp((6, 5, 4, 3)), LOSS["cce-logits"]
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(7, 6)), case.targets(rng, (7, 3))
+        for layer in model.layers:
+            (base,) = registry.adapt(layer, lambda v: True)
+            (plain,) = collected(model, case.make(), x, [base])
+            inverse = ExactInverse.of(*plain, 0.0)
+            observer = introspection.RotatedSquaresAdapter(base, inverse[:2])
+            (squares,) = collected(model, case.make(), x, [observer])
+            rotation = kron(*inverse[:2])
+            fisher = layer_block(model, case.make(), x, y, layer)
+            yield fisher, kron(*plain), rotation @ np.diag(squares.output_factor) @ rotation.T
+
+    def test_has_the_trace_of_the_fisher_matrix(self):
+        for fisher, _, ekfac in self.blocks():
+            assert np.trace(ekfac) == pytest.approx(np.trace(fisher), rel=1e-12)
+
+    def test_is_nearer_to_the_fisher_matrix_than_kfac(self):
+        norm = np.linalg.norm
+        for fisher, kfac, ekfac in self.blocks():
+            assert 0 < norm(ekfac - fisher) < 0.97 * norm(kfac - fisher)
+
+
+# ---- Steps --------------------------------------------------------------------------------------
+
+
+def one_step(curvature, batches=1, **options):
+    """A float64 network before and after the last of some steps, its optimizer and last batch."""
+    options = {"momentum": 0.0, "learning_rate": 1.0, "damping": 0.3, "kl_clip": None} | options
+    model = mlp((5, 4, 3))
+    optimizer = helpers.kfac(fisher="exact", curvature=curvature, **options)
+    model.compile(optimizer.attach(model), MSE())
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(batches, 9, 5)), rng.normal(size=(batches, 9, 3))
+    for own in range(batches):
+        before = model.get_weights()
+        with tf.GradientTape() as tape:
+            loss = MSE()(y[own], model(x[own]))
+        gradient = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        fisher = [layer_block(model, MSE(), x[own], y[own], layer) for layer in model.layers]
+        model.train_on_batch(x[own], y[own])
+    steps = [after - b for after, b in zip(model.get_weights(), before)]
+    return optimizer, by_layer(steps), by_layer(gradient), fisher
+
+
+def by_layer(weights):
+    """Kernel and bias of each layer, as one vector."""
+    pairs = zip(weights[::2], weights[1::2])
+    return [np.ravel(np.concatenate([kernel, np.asarray(bias)[None]])) for kernel, bias in pairs]
+
+
+class TestSteps:
+    def test_full(self):
+        _, steps, gradients, fisher = one_step("full")
+        for step, gradient, own in zip(steps, gradients, fisher):
+            assert_close(step, -np.linalg.solve(own + 0.3 * np.eye(len(own)), gradient))
+
+    def test_diagonal(self):
+        _, steps, gradients, fisher = one_step("diagonal")
+        for step, gradient, own in zip(steps, gradients, fisher):
+            assert_close(step, -gradient / (np.diag(own) + 0.3))
+
+    @pytest.mark.parametrize("exact_damping", [False, True])
+    def test_input(self, exact_damping):
+        """By the mean eigenvalue of the output factor, and damped exactly in either case."""
+        _, steps, gradients, _ = one_step("input", exact_damping=exact_damping)
+        model, rng = mlp((5, 4, 3)), np.random.default_rng(0)
+        x = rng.normal(size=(9, 5))
+        for step, gradient, layer in zip(steps, gradients, model.layers):
+            (base,) = registry.adapt(layer, lambda v: True)
+            ((a, g),) = collected(model, MSE(), x, [base])
+            own = kron(a, np.trace(g) / len(g) * np.eye(len(g)))
+            assert_close(step, -np.linalg.solve(own + 0.3 * np.eye(len(own)), gradient))
+
+    def test_ekfac_is_kfac_until_it_sees_a_batch_in_its_bases(self):
+        for batches in (1, 2):
+            steps = [
+                one_step(curvature, batches, exact_damping=True)[1]
+                for curvature in ("ekfac", "kfac")
+            ]
+            difference = max(np.abs(a - b).max() for a, b in zip(*steps))
+            largest = max(np.abs(step).max() for step in steps[1])
+            assert difference < 1e-12 * largest if batches == 1 else difference > 1e-3 * largest
+
+    def test_ekfac(self):
+        """Two steps by hand: the bases of the first batch, then squares in them, then new bases."""
+        options = {"inverse_update_period": 2, "factor_update_period": 1, "learning_rate": 0.0}
+        optimizer, *_ = one_step("ekfac", batches=2, factor_ema_decay=0.0, **options)
+        kept = [block.inverse for block in optimizer._known.curvature.blocks]
+        # Nothing has moved: the model is as it began. The growing decay is 0 in the second step.
+        model, rng = mlp((5, 4, 3)), np.random.default_rng(0)
+        x = rng.normal(size=(2, 9, 5))
+        for layer, inverse in zip(model.layers, kept):
+            (base,) = registry.adapt(layer, lambda v: True)
+            observer = introspection.RotatedSquaresAdapter(base, inverse[:2])
+            (squares,) = collected(model, MSE(), x[1], [observer])
+            assert_close(inverse.eigenvalues, np.reshape(squares.output_factor, base.dims))
+
+    def test_ekfac_keeps_what_it_knows_when_bases_change(self):
+        """The diagonal of the old approximation in the new bases, computed densely."""
+        rng = np.random.default_rng(0)
+        bases = [[orthonormal(rng, (d, d)) for d in (3, 2)] for _ in range(2)]
+        values = tf.constant(rng.uniform(size=(3, 2)))
+        old, new = (ExactInverse(*pair, values, 0.0, 1.0) for pair in bases)
+        dense = kron(*bases[0]) @ np.diag(np.ravel(values)) @ kron(*bases[0]).T
+        expected = np.diag(kron(*bases[1]).T @ dense @ kron(*bases[1]))
+        actual = old.diagonal_in(new, values)
+        assert_close(np.ravel(actual), expected)
+        assert np.sum(actual) == pytest.approx(np.sum(values), rel=1e-13)
+
+
+def test_squares_lie_as_eigenvalues_of_factors_in_blocks():
+    """The last blocks are filled up: what belongs to no weight has no square."""
+    model = mlp((5, 4, 3))
+    optimizer = helpers.kfac(fisher="exact", curvature="ekfac", max_factor_size=4)
+    model.compile(optimizer.attach(model), MSE())
+    rng = np.random.default_rng(0)
+    model.train_on_batch(rng.normal(size=(9, 5)), rng.normal(size=(9, 3)))
+    block = optimizer._known.curvature.blocks[0]  # 6 x 4: two blocks of three rows, one of columns
+    inverse, x = block.inverse, tf.constant(rng.normal(size=(9, 5)))
+    assert inverse.eigenvalues.shape == (2, 1, 3, 4)
+    statistics = collected(model, MSE(), x, block.observers)
+    dense = layer_block(model, MSE(), x, np.zeros((9, 3)), model.layers[0])
+    a = np.zeros((6, 6))
+    for index, basis in enumerate(inverse.input_basis[:, 0]):
+        a[3 * index : 3 * index + 3, 3 * index : 3 * index + 3] = basis
+    rotation = kron(a, inverse.output_basis[0, 0])
+    expected = np.reshape(np.diag(rotation.T @ dense @ rotation), [6, 4])
+    actual = structure.from_blocks(
+        block._as_eigenvalues(statistics[1].output_factor), block.adapter.structures
+    )
+    assert_close(actual, expected)
+
+
+# ---- Choice -------------------------------------------------------------------------------------
+
+
+def blocks_of(curvature, model=None):
+    model = model or helpers.mlp_with_batch_normalization()
+    optimizer = KFAC(curvature=curvature).attach(helpers.compiled(model))
+    return {row.layer.rpartition("/")[2]: row.block for row in optimizer.coverage()}
+
+
+class TestChoice:
+    @pytest.mark.parametrize("name", STRUCTURES)
+    def test_for_all(self, name):
+        expected = "kronecker" if name == "kfac" else name
+        scales = "diagonal" if name == "diagonal" else "full"
+        blocks = {"hidden": expected, "norm": scales, "unknown": "fallback", "logits": expected}
+        assert blocks_of(name) == blocks
+
+    @pytest.mark.parametrize(
+        "curvature",
+        [
+            {"hidden": "ekfac", "logits": "diagonal"},
+            {"mlp/hidden": "ekfac", "Dense": "diagonal"},
+            {layers.Dense: "diagonal", "hidden": "ekfac"},
+            lambda layer: {"hidden": "ekfac", "logits": "diagonal"}.get(layer.name),
+        ],
+        ids=["names", "path and class name", "class and name", "function"],
+    )
+    def test_for_some(self, curvature):
+        blocks = blocks_of(curvature)
+        assert (blocks["hidden"], blocks["logits"]) == ("ekfac", "diagonal")
+        assert blocks["norm"] == "full"  # As it is without a choice.
+
+    def test_subclasses_are_meant_too(self):
+        class Own(layers.Dense):
+            pass
+
+        model = keras.Sequential([keras.Input((3,)), Own(2, name="own"), layers.Dense(1, name="d")])
+        assert blocks_of({layers.Dense: "input"}, model) == {"own": "input", "d": "input"}
+        assert blocks_of({"Own": "input"}, model) == {"own": "input", "d": "kronecker"}
+
+    def tied(self):
+        table = layers.ReversibleEmbedding(6, 3, tie_weights=True, name="table")
+        inputs = keras.Input((4,), dtype="int32")
+        return keras.Model(inputs, table(layers.Dense(3)(table(inputs)), reverse=True))
+
+    @pytest.mark.parametrize("name", [n for n in STRUCTURES if n != "kfac"])
+    def test_layer_that_cannot_have_it_has_kfac_and_says_so(self, name):
+        model = helpers.compiled(self.tied(), KFAC(curvature=name))
+        x = np.random.default_rng(0).integers(0, 6, size=(8, 4))
+        helpers.fit(model, (x, x))
+        (row,) = [r for r in model.optimizer.coverage() if r.layer.endswith("table")]
+        assert row.block == "kronecker" and f"not {name!r}: " in row.reason
+        helpers.assert_all_finite(model)
+
+    def test_layer_that_cannot_have_it_is_refused_by_name(self):
+        optimizer = KFAC(curvature={"table": "ekfac"}).attach(helpers.compiled(self.tied()))
+        with pytest.raises(ValueError, match=r"can't be 'ekfac' for a ReversibleEmb.*Received"):
+            optimizer.coverage()
+
+    def test_unknown_layers_are_refused(self):
+        with pytest.raises(ValueError, match=r"`curvature` names layers.*Received: \['absent'\]"):
+            blocks_of({"absent": "ekfac", "hidden": "input"})
+
+    @pytest.mark.parametrize("wrong", ["shampoo", {"hidden": "adam"}, {3: "kfac"}, None, 1])
+    def test_unknown_structures_are_refused(self, wrong):
+        with pytest.raises(ValueError, match=r"`curvature` must be one of .*'ekfac'.*Received"):
+            KFAC(curvature=wrong)
+
+    def test_functions_that_return_something_else_are_refused(self):
+        with pytest.raises(ValueError, match=r"must return one of .*Received: 'adam' for layer"):
+            blocks_of(lambda layer: "adam")
+
+    @pytest.mark.parametrize("name", ["ekfac", "diagonal", "full", {"hidden": "ekfac"}])
+    def test_without_gradients_there_are_no_squares(self, name):
+        with pytest.raises(ValueError, match=r"forward_only' has no gradients.*Received"):
+            KFAC(curvature=name, fisher="forward_only")
+        KFAC(curvature="input", fisher="forward_only")
+        KFAC(curvature={"hidden": "input"}, fisher="forward_only")
+
+
+def test_input_alone_is_kfac_without_output_factors():
+    """Forward-only K-FAC (FOOF) has multiples of the identity for output factors by itself."""
+    steps = [
+        one_step(curvature, fisher="forward_only", exact_damping=True)[1]
+        for curvature in ("input", "kfac")
+    ]
+    for a, b in zip(*steps):
+        assert_close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("case", SCALES[:1], ids=str)
+@pytest.mark.parametrize("curvature", ["diagonal", "full"])
+def test_scales_have_the_chosen_block(case, curvature):
+    model, _ = in_network(case)
+    optimizer = helpers.kfac(curvature=curvature, fisher="exact")
+    model.compile(optimizer.attach(model), MSE())
+    x = random_inputs(model, 6)
+    model.train_on_batch(x, np.zeros((6, 2)))
+    (row,) = [r for r in optimizer.coverage() if r.layer_type == case.layer_class.__name__]
+    assert row.block == curvature
+    helpers.assert_all_finite(model)
