@@ -12,6 +12,7 @@ from keras_kfac.introspection.per_example import PerExampleAdapter, RawWeightsAd
 from keras_kfac.introspection.registry import register
 from keras_kfac.optimizer import KFAC
 from keras_kfac.plateau import DampingOnPlateau
+from keras_kfac.residuals import NaturalGradient, natural_gradient
 from keras_kfac.staleness import StalenessSchedule
 
 __all__ = [
@@ -23,11 +24,13 @@ __all__ = [
     "FisherMatrix",
     "KFACCallback",
     "LevenbergMarquardt",
+    "NaturalGradient",
     "NegativeLogLikelihood",
     "PerExampleAdapter",
     "RawWeightsAdapter",
     "StalenessSchedule",
     "__version__",
     "growing_batches",
+    "natural_gradient",
     "register",
 ]

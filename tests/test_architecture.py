@@ -11,7 +11,7 @@ LAYERS = [
     ["math"],
     ["_keras_internals"],
     ["introspection"],
-    ["curvature", "fisher_matrix"],
+    ["curvature", "fisher_matrix", "residuals"],
     ["validation", "attachment", "restorable", "problem_report", "settings", "step_rule"],
     ["damping", "step"],
     ["hyperparameters"],

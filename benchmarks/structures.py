@@ -1,0 +1,93 @@
+"""The structures of curvature on the same problems, for the same seconds of training steps.
+
+    python benchmarks/structures.py [--seconds 30] [--mnist mnist.npz] [--fashion fashion_mnist.npz]
+
+`KFAC(curvature=...)` without another setting, each structure from the same weights on the same
+batches of the problems of `problems.py`. Evaluation and the first two steps, which trace and
+compile, are not counted. Every curve is written to a JSON file with the environment; `--report`
+prints the table in docs/curvature.md; `--problem` measures some again and keeps the others.
+"""
+
+import json
+import statistics
+
+import keras
+import numpy as np
+from defaults import ROOT, Clock, arguments, milliseconds_per_step
+from environment import environment
+from problems import PROBLEMS, load
+
+from keras_kfac import KFAC, KFACCallback
+
+EVALUATIONS = 6
+PATH = ROOT / "benchmarks" / "results" / "structures.json"
+STRUCTURES = ("kfac", "ekfac", "input", "diagonal")
+
+
+def run(name: str, curvature: str, data: dict, seconds: float, seed: int) -> dict:
+    """Trains one network."""
+    problem = PROBLEMS[name]
+    x, y = data[problem.data]
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input(x.shape[1:]), *problem.network()])
+    model.compile(KFAC(curvature=curvature), problem.loss())
+    part = x[: problem.evaluated_examples], y[: problem.evaluated_examples]
+
+    def evaluate(model: keras.Model) -> float:
+        return float(model.evaluate(*part, batch_size=1000, verbose=0))
+
+    clock = Clock(seconds, EVALUATIONS, -np.inf, evaluate)
+    model.fit(x, y, problem.batch_size, 1_000_000, 0, [clock, KFACCallback()])
+    memory = model.optimizer.coverage().memory
+    found = {"problem": name, "curvature": curvature, "seed": seed, "memory": memory}
+    return {**found, "first_two_steps_seconds": clock.first, "curve": clock.curve}
+
+
+def report(result: dict) -> str:
+    """Medians over seeds, a row for each problem and structure."""
+    lines = [
+        "| problem | curvature | loss at half of the time | at the end | steps | ms per step "
+        "| factors and inverses (MiB) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in PROBLEMS:
+        for curvature in STRUCTURES:
+            runs = [
+                r
+                for r in result["runs"]
+                if (r["problem"], r["curvature"]) == (name, curvature) and r["curve"]
+            ]
+            if not runs:
+                continue
+            curves = [r["curve"] for r in runs]
+            losses = [
+                statistics.median(c[len(c) * part // 2 - 1][2] for c in curves) for part in (1, 2)
+            ]
+            steps = statistics.median(c[-1][1] for c in curves)
+            cost = statistics.median(map(milliseconds_per_step, runs))
+            memory = runs[0]["memory"] / 2**20
+            cells = [*(f"{loss:.4f}" for loss in losses), f"{steps:.0f}", f"{cost:.1f}"]
+            lines.append(f'| {name} | "{curvature}" | {" | ".join(cells)} | {memory:.1f} |')
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, or reports what was measured."""
+    args = arguments(__doc__.splitlines()[0], seconds=30.0, seeds=[1])
+    result = json.loads(PATH.read_text()) if PATH.exists() else {"environments": {}, "runs": []}
+    if not args.report:
+        data = load(args)
+        for name in (n for n in PROBLEMS if args.problem in n):
+            result["environments"][name] = environment()
+            result["runs"] = [r for r in result["runs"] if r["problem"] != name]
+            for seed in args.seeds:
+                for curvature in STRUCTURES:
+                    found = run(name, curvature, data, args.seconds, seed)
+                    result["runs"].append(found)
+                    PATH.write_text(json.dumps(result, indent=1))
+                    print(name, curvature, seed, found["curve"][-1:], flush=True)
+    print(report(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Exact natural gradients of sums of squares that are no Keras loss."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kfac import natural_gradient
+from keras_kfac.math.least_squares import natural_direction
+from tests.reference import assert_close
+
+RNG = np.random.default_rng(0)
+
+
+def network(width=5):
+    """A float64 network of a point in the plane."""
+    keras.utils.set_random_seed(0)
+    hidden = keras.layers.Dense(width, "tanh", dtype="float64")
+    return keras.Sequential(
+        [keras.Input((2,), dtype="float64"), hidden, keras.layers.Dense(1, dtype="float64")]
+    )
+
+
+def laplace_residuals(model, points):
+    """Those of Laplace's equation, and of a boundary condition."""
+
+    def residuals():
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(points)
+            with tf.GradientTape() as inner:
+                inner.watch(points)
+                u = model(points)
+            first = tf.unstack(inner.gradient(u, points), axis=1)
+        second = [outer.gradient(f, points)[:, i] for i, f in enumerate(first)]
+        return {"inside": tf.add_n(second), "boundary": model(points[:3]) - 1.0}
+
+    return residuals
+
+
+def flat(tensors):
+    return np.concatenate([np.ravel(t) for t in tensors])
+
+
+@pytest.mark.parametrize("count", [6, 40], ids=["fewer residuals than weights", "more"])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_solves_the_damped_normal_equations(count, damping):
+    """With a Jacobian of one derivative at a time, of a residual with second derivatives in it."""
+    model, points = network(), tf.constant(RNG.normal(size=(count, 2)))
+    residuals = laplace_residuals(model, points)
+    found = natural_gradient(residuals, model.trainable_variables, damping)
+    with tf.GradientTape() as tape:
+        r = tf.concat([tf.reshape(part, [-1]) for part in tf.nest.flatten(residuals())], axis=0)
+    sources = [v.value for v in model.trainable_variables]
+    each = tape.jacobian(
+        r, sources, experimental_use_pfor=False, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+    j = np.concatenate([np.reshape(part, [len(r), -1]) for part in each], axis=1)
+    assert_close(found.loss, 0.5 * np.sum(np.square(r)))
+    assert_close(flat(found.gradients), j.T @ r)
+    if damping:
+        matrix = j.T @ j + damping * np.eye(j.shape[1])
+        assert_close(flat(found.directions), np.linalg.solve(matrix, j.T @ r), 1e-8)
+    else:  # The same residuals change, by as much as weights can change them.
+        assert_close(j @ flat(found.directions), j @ np.linalg.pinv(j) @ r, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
+def test_direction_is_that_of_the_pseudo_inverse(shape):
+    j, r = RNG.normal(size=shape), RNG.normal(size=shape[0])
+    j[:, 0] = j[:, 1]  # Two weights that do the same.
+    expected = np.linalg.pinv(j) @ r
+    assert_close(natural_direction(tf.constant(j), tf.constant(r)), expected)
+
+
+def test_one_step_solves_a_linear_problem():
+    x, y = RNG.normal(size=(20, 3)), RNG.normal(size=20)
+    w = tf.Variable(np.zeros(3))
+    found = natural_gradient(lambda: tf.linalg.matvec(x, w) - y, [w])
+    w.assign_sub(found.directions[0])
+    assert_close(w, np.linalg.lstsq(x, y, rcond=None)[0])
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_works_in_graphs(jit_compile):
+    model, points = network(), tf.constant(RNG.normal(size=(12, 2)))
+    residuals = laplace_residuals(model, points)
+    variables = model.trainable_variables
+    compiled = tf.function(
+        lambda: natural_gradient(residuals, variables, 0.1), jit_compile=jit_compile
+    )
+    eager = natural_gradient(residuals, variables, 0.1)
+    assert_close(flat(compiled().directions), flat(eager.directions), 1e-8)
+
+
+def test_does_not_depend_on_how_the_network_is_written_down():
+    """Invariance: weights `w = M v` of any invertible `M` move the same way; gradients do not."""
+    m, x = RNG.normal(size=(3, 3)), RNG.normal(size=(8, 3))
+    v = tf.Variable(RNG.normal(size=3))
+    w = tf.Variable(m @ v.numpy())
+
+    def residuals(weights):
+        return tf.tanh(tf.linalg.matvec(x, weights)) - 0.5
+
+    ours = natural_gradient(lambda: residuals(w), [w])
+    theirs = natural_gradient(lambda: residuals(tf.linalg.matvec(m, v)), [v])
+    assert_close(m @ theirs.directions[0].numpy(), ours.directions[0], 1e-9)
+    assert np.abs(m @ theirs.gradients[0].numpy() - ours.gradients[0]).max() > 1e-2
+
+
+def test_variables_that_residuals_do_not_depend_on_stay():
+    w, idle = tf.Variable([1.0, 2.0]), tf.Variable([[3.0]])
+    found = natural_gradient(lambda: w - 1.0, [w, idle])
+    np.testing.assert_array_equal(found.directions[1], [[0.0]])
+    np.testing.assert_allclose(found.directions[0], [0.0, 1.0], atol=1e-6)
+
+
+def test_wrong_uses_are_refused():
+    w = tf.Variable([1.0])
+    with pytest.raises(ValueError, match=r"`variables` must not be empty. Received"):
+        natural_gradient(lambda: w, [])
+    with pytest.raises(ValueError, match=r"`damping` must be at least 0. Received: damping=-1"):
+        natural_gradient(lambda: w, [w], damping=-1)
+    with pytest.raises(ValueError, match=r"depend on none of the variables. Received"):
+        natural_gradient(lambda: tf.constant([1.0]), [w])
