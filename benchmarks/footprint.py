@@ -5,8 +5,9 @@
 Each network of `step_cost.py` takes some steps under each optimizer in a process of its own, which
 tells the largest memory that it ever held (resident, peak). What SGD without momentum takes is that
 of TensorFlow, the network and its data. `KFAC()` is also asked what its factors and inverses take,
-before the first step. The results are written to a JSON file with the environment; `--report`
-prints the table in docs/speed.md.
+before the first step. Of that, tracing is what Python takes to build the graph; the rest is
+TensorFlow, which optimises and runs it. The results are written to a JSON file with the
+environment; `--report` prints the table in docs/speed.md.
 """
 
 import argparse
@@ -16,11 +17,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / "benchmarks" / "results" / "footprint.json"
 STEPS = 45  # Two periods of the inverses, and a few.
 SGD = "SGD without momentum"
+
+
+def timed_traces(model: Any) -> list[float]:
+    """The seconds that each tracing of a model's training step takes, once it is traced."""
+    seconds: list[float] = []
+    train_step = model.train_step
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        result = train_step(*args, **kwargs)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    model.train_step = timed
+    return seconds
 
 
 def measure(net_name: str, optimizer_name: str) -> dict:
@@ -40,13 +57,22 @@ def measure(net_name: str, optimizer_name: str) -> dict:
     optimizers = {"KFAC()": keras_kfac.KFAC, "Adam": keras.optimizers.Adam}
     optimizer = optimizers.get(optimizer_name, lambda: keras.optimizers.SGD(1e-4))()
     run = step_cost.Run(step_cost.NETS[net_name], optimizer)
+    attached = 0.0
+    if optimizer_name == "KFAC()":
+        optimizer.detach()
+        attaching = time.perf_counter()
+        optimizer.attach(run.model)
+        attached = time.perf_counter() - attaching
     stated = optimizer.coverage().memory if optimizer_name == "KFAC()" else 0
-    first = run.settle()
+    traced = timed_traces(run.model)
+    first, *_ = run.settle()
     for _ in range(STEPS):
         run.step()
     return {
         "import_keras_seconds": keras_imported - began,
         "import_keras_kfac_seconds": imported - keras_imported,
+        "attach_seconds": attached,
+        "trace_seconds": sum(traced),
         "first_step_seconds": first,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "stated_mib": stated / 2**20,
@@ -58,13 +84,19 @@ def report(results: dict) -> str:
     """A row for each network."""
     lines = [
         "| network | weights (MiB) | factors and inverses, as stated | peak above SGD: KFAC() "
-        "| Adam | first step: KFAC() (s) | Adam |",
-        "|---|---|---|---|---|---|---|",
+        "| Adam | first step: KFAC() (s) | of this tracing | attaching | Adam | of this tracing |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in results["runs"].items():
         own, adam, sgd = (runs[o] for o in ("KFAC()", "Adam", SGD))
         above = [f"{r['peak_mib'] - sgd['peak_mib']:.0f}" for r in (own, adam)]
-        first = [f"{r['first_step_seconds']:.1f}" for r in (own, adam)]
+        first = [
+            f"{own['first_step_seconds']:.1f}",
+            f"{own['trace_seconds']:.1f}",
+            f"{own['attach_seconds']:.3f}",
+            f"{adam['first_step_seconds']:.1f}",
+            f"{adam['trace_seconds']:.1f}",
+        ]
         size = f"{own['weights_mib']:.1f} | {own['stated_mib']:.1f}"
         lines.append(f"| {name} | {size} | {' | '.join(above)} | {' | '.join(first)} |")
     children = [run for runs in results["runs"].values() for run in runs.values()]

@@ -36,16 +36,14 @@ Steps = Callable[[int], list[float]]
 """Makes so many steps, and says how many seconds each of them took."""
 
 
-def own_steps(optimizer: KFAC) -> Steps:
+def steps_of(run: Run) -> Steps:
     """Those of our optimizer, where its schedule has settled."""
-    run = Run(NETS["deep autoencoder, batch 1000"], optimizer)
     run.settle()
     return lambda count: [run.step() for _ in range(count)]
 
 
-def same_work_steps() -> Steps:
+def same_work_steps(run: Run) -> Steps:
     """Those of our optimizer if it does in a step what kfac-jax does."""
-    periods = dict(zip(("factor_update_period", "inverse_update_period"), DEFAULT_PERIODS))
     with ExitStack() as stack:  # While the step is traced.
         for place, value in (
             ("keras_kfac.step.MODEL_PART", WHOLE),
@@ -53,18 +51,18 @@ def same_work_steps() -> Steps:
             ("keras_kfac.introspection.statistics.SAMPLED_PART", WHOLE),
         ):
             stack.enter_context(mock.patch(place, value))
-        return own_steps(KFAC(**periods, max_factor_size=2304))  # No factor is in blocks.
+        return steps_of(run)
 
 
 @contextmanager
-def jax_steps(python: str) -> Iterator[Steps]:
+def jax_steps(python: str, batch: np.ndarray) -> Iterator[Steps]:
     """Those of kfac-jax, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        weights, batch = Path(folder) / "weights.npz", Path(folder) / "batch.npy"
+        weights, images = Path(folder) / "weights.npz", Path(folder) / "batch.npy"
         np.savez(weights, *new_model(seed=0).get_weights())
-        np.save(batch, Run(NETS["deep autoencoder, batch 1000"], KFAC()).x)
+        np.save(images, batch)
         script = ROOT / "benchmarks" / "kfac_jax_steps.py"
-        command = [python, script, weights, batch, *DEFAULT_PERIODS]
+        command = [python, script, weights, images, *DEFAULT_PERIODS]
         with subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.PIPE,
@@ -85,8 +83,13 @@ def jax_steps(python: str) -> Iterator[Steps]:
 def measure(python: str, turns: int) -> dict:
     """All of them in turns."""
     result: dict = {"environment": environment(), "steps": {OWN: [], SAME: [], JAX: []}}
-    with jax_steps(python) as jax:
-        makers = {OWN: own_steps(KFAC()), SAME: same_work_steps(), JAX: jax}
+    net = NETS["deep autoencoder, batch 1000"]
+    periods = dict(zip(("factor_update_period", "inverse_update_period"), DEFAULT_PERIODS))
+    # Both before either makes a step: to set seeds, as this does, has TensorFlow compile anew.
+    plain = Run(net, KFAC())
+    same = Run(net, KFAC(**periods, max_factor_size=2304))  # No factor is in blocks.
+    with jax_steps(python, plain.x) as jax:
+        makers = {OWN: steps_of(plain), SAME: same_work_steps(same), JAX: jax}
         for _ in range(turns):
             for name, steps in makers.items():
                 result["steps"][name].append(steps(STEPS))

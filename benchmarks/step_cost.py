@@ -6,10 +6,13 @@ All optimizers train copies of one network on the same random batch in one proce
 with the one, then as many with the next, and all over again. What counts is the ratio to Adam
 within a turn, and its median over turns. `KFAC()` is measured where its schedule has settled: a
 turn holds two periods of the inverses, as rare as they get. The first step (tracing, compiling,
-creating variables) is timed apart. The floating-point operations of the matrix products of a step
-are counted, by TensorFlow for the gradient and from the shapes of the blocks for what K-FAC adds,
-and compared with what the machine does in a product of two large matrices. `--variants`
-compares `KFAC()` and Adam with themselves under `jit_compile=True`, and with products in bfloat16.
+creating variables) is timed apart, and so are, for `KFAC()` and Adam, the first hundred, in which
+factors and inverses are renewed more often.
+
+The floating-point operations of the matrix products of a step are counted, by TensorFlow for the
+gradient and from the shapes of the blocks for what K-FAC adds, and compared with what the machine
+does in a product of two large matrices. `--variants` compares `KFAC()` and Adam with themselves
+under `jit_compile=True`, and with products in bfloat16.
 """
 
 import argparse
@@ -38,6 +41,7 @@ from keras_kfac.math.structure import products  # noqa: E402
 
 PATH = ROOT / "benchmarks" / "results" / "step_cost.json"
 SETTLED = 1000  # Iterations after which no period grows any more.
+EARLY = 100  # First steps, timed as they come.
 TURN = 40
 PEAK_SIZE = 2048
 layers = keras.layers
@@ -49,6 +53,9 @@ OPTIMIZERS: dict[str, Factory] = {
     "SGD": lambda: keras.optimizers.SGD(1e-4, 0.9, nesterov=True),
     "Muon": lambda: keras.optimizers.Muon(1e-4),
 }
+
+
+COMPARED = ("KFAC()", "Adam")
 
 
 class Net(NamedTuple):
@@ -141,12 +148,11 @@ class Run:
         self.model.train_on_batch(self.x, self.y)
         return time.perf_counter() - began
 
-    def settle(self) -> float:
-        """Makes the first step, and goes on as if at a late one; the seconds of the first."""
-        first = self.step()
-        self.step()
+    def settle(self, steps: int = 2) -> list[float]:
+        """Makes some first steps, and goes on as if at a late one; the seconds of the first."""
+        seconds = [self.step() for _ in range(steps)]
         self.model.optimizer.iterations.assign(SETTLED)
-        return first
+        return seconds
 
     def gradient_operations(self) -> float:
         """Floating-point operations of the gradient of the loss."""
@@ -192,17 +198,20 @@ def peak() -> float:
     return 2 * PEAK_SIZE**3 / min(seconds)
 
 
-def measure(net: Net, turns: int, optimizers: dict[str, Factory] = OPTIMIZERS) -> dict:
-    """All optimizers on one network."""
+def measure(
+    net: Net, turns: int, optimizers: dict[str, Factory] = OPTIMIZERS, first_steps: int = 2
+) -> dict:
+    """All optimizers on one network; `KFAC()` and Adam make so many first steps."""
     runs = {name: Run(net, make(), name.endswith(JIT)) for name, make in optimizers.items()}
-    first = {name: run.settle() for name, run in runs.items()}
+    early = {n: run.settle(first_steps if n in COMPARED else 2) for n, run in runs.items()}
     steps: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(turns):
         for name, run in runs.items():
             steps[name].append([run.step() for _ in range(TURN)])
     return {
         "environment": environment(),
-        "first_step": first,
+        "first_step": {name: seconds[0] for name, seconds in early.items()},
+        "early": {name: early[name] for name in early if len(early[name]) > 2},
         "steps": steps,
         "gradient_operations": runs["Adam"].gradient_operations(),
         "curvature_operations": runs["KFAC()"].curvature_operations(),
@@ -217,11 +226,16 @@ class Figures(NamedTuple):
         milliseconds: Of a step.
         ratio: To those of Adam in the same turn.
         spike: The slowest step of a turn over its median.
+        largest_spike: The largest of these, not their median.
+        early_ratio: To Adam in the first hundred steps, but for the two that trace; `None` if it
+            was not measured.
     """
 
     milliseconds: float
     ratio: float
     spike: float
+    largest_spike: float
+    early_ratio: float | None
 
 
 def figures(result: dict, name: str) -> Figures:
@@ -229,24 +243,31 @@ def figures(result: dict, name: str) -> Figures:
     turns = result["steps"][name]
     each = [statistics.mean(turn) for turn in turns]
     rival = [statistics.mean(turn) for turn in result["steps"]["Adam"]]
+    spikes = [max(turn) / statistics.median(turn) for turn in turns]
+    early = {n: statistics.mean(s[2:]) for n, s in result.get("early", {}).items()}
     return Figures(
         1000 * statistics.median(each),
         statistics.median(a / b for a, b in zip(each, rival)),
-        statistics.median(max(turn) / statistics.median(turn) for turn in turns),
+        statistics.median(spikes),
+        max(spikes),
+        early[name] / early["Adam"] if name in early else None,
     )
 
 
 def report(results: dict) -> str:
     """A table, a row for each network and optimizer."""
     lines = [
-        "| network | optimizer | ms per step | of Adam's | slowest of a turn / median "
-        "| GFLOP of the gradient and preconditioning | at the peak (ms) | first step (s) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | optimizer | ms per step | of Adam's | in the first 100 steps "
+        "| slowest of a turn / median (largest) | GFLOP of the gradient and preconditioning "
+        "| at the peak (ms) | first step (s) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for net, result in results.items():
         for name in result["steps"]:
             cost = figures(result, name)
-            cells = [f"{cost.milliseconds:.1f}", f"{cost.ratio:.2f}", f"{cost.spike:.1f}"]
+            cells = [f"{cost.milliseconds:.1f}", f"{cost.ratio:.2f}"]
+            cells.append(f"{cost.early_ratio:.2f}" if cost.early_ratio else "")
+            cells.append(f"{cost.spike:.1f} ({cost.largest_spike:.1f})")
             count = result["gradient_operations"]
             if name.startswith("KFAC"):
                 count += result["curvature_operations"]["precondition"]
@@ -271,7 +292,8 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     for name, net in NETS.items():
         if args.net in name and not args.report:
-            results[name] = measure(net, args.turns, optimizers)
+            first_steps = 2 if args.variants else EARLY
+            results[name] = measure(net, args.turns, optimizers, first_steps)
             path.write_text(json.dumps(results, indent=1))
             print(report({name: results[name]}), flush=True)
     print(report(results))
