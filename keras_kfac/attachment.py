@@ -1,6 +1,7 @@
 """The seam with Keras: hooks by which a model tells its optimizer about a training step."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.curvature.coverage import BlockSettings, CoveragePlan, plan_coverage
 from keras_kfac.introspection.forward_pass import ForwardPass, is_recording, recording
-from keras_kfac.introspection.known_losses import as_loss, likelihoods_of
+from keras_kfac.introspection.known_losses import as_loss, likelihoods_of, only_loss
 from keras_kfac.introspection.losses import Score, understood
 from keras_kfac.introspection.observed_losses import observed_losses
 from keras_kfac.introspection.registry import find_adapters
@@ -125,15 +126,18 @@ class Attachment:
         by_output = {id(o): p for p in self._pending for o in tf.nest.flatten(p.outputs)}
         if self._is_inference or not by_output:
             return compute_loss(*args, **kwargs)
-        with observed_losses() as observed:
+        with observed_losses(self.model.losses) as observed:
             total = compute_loss(*args, **kwargs)
         names = ("x", "y", "y_pred", "sample_weight", "training")
-        scores = observed.scores(total)
+        scores, added = observed.terms(total)
         if self._given_loss is not None:
             scores = [self._given_score({**dict(zip(names, args)), **kwargs})]
         seen = [(by_output[id(s.outputs)], s) for s in scores if id(s.outputs) in by_output]
+        if len(seen) < len(scores):
+            _warn_of_others([s for s in scores if id(s.outputs) not in by_output])
         for forward_pass, _ in seen:  # Seen twice, it counts once.
             forward_pass.scores = [score for other, score in seen if other is forward_pass]
+        self._pending[-1].added = added  # Each call of the model takes away those of the last one.
         return total
 
     def _given_score(self, given: Mapping[str, Any]) -> Score:
@@ -214,26 +218,27 @@ class Attachment:
         """
         loss, weight = self._given_loss, 1.0
         if loss is None:
-            loss = getattr(self.model, "loss", None) if self.model.compiled else None
-            weight = self._compiled_loss_weight()
+            loss, weight = only_loss(self.model)
+        outputs = tf.nest.flatten(forward_pass.outputs)
+        if len(outputs) != 1:
+            raise _one_output_only(len(outputs))
         if loss is None:
             raise ValueError(
                 "K-FAC needs the loss of the model to know its Fisher matrix. Compile the model "
                 "with a loss, or name it: `optimizer.attach(model, loss=...)`. Received: "
                 f"model {self.model.name!r} without a loss"
             )
-        outputs, losses = tf.nest.flatten(forward_pass.outputs), [loss]
-        if isinstance(loss, (list, tuple, dict)):
-            losses = tf.nest.flatten(loss)
-        if len(outputs) != 1 or len(losses) != 1:
-            raise _one_output_only(len(outputs))
-        return Score(as_loss(losses[0]), outputs[0], weight=weight, is_complete=False)
+        return Score(as_loss(loss), outputs[0], weight=weight, is_complete=False)
 
-    def _compiled_loss_weight(self) -> float:
-        with tf.init_scope():  # Serialising reads variables, which a graph can't.
-            config = self.model.get_compile_config() or {}
-        weights = tf.nest.flatten(config.get("loss_weights"))
-        return 1.0 if len(weights) != 1 or weights[0] is None else float(weights[0])
+
+def _warn_of_others(scores: Sequence[Score]) -> None:
+    names = ", ".join(sorted({score.loss.name for score in scores}))
+    warnings.warn(
+        "A loss is of a tensor that the model does not return as it is. Its gradient counts, its "
+        "curvature is left out of K-FAC's. Let the model return that tensor, or give the loss the "
+        f"model's output. Losses: {names}",
+        stacklevel=2,
+    )
 
 
 def _one_output_only(outputs: int) -> ValueError:

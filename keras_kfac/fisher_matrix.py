@@ -1,6 +1,6 @@
 """The Fisher matrix of a model on a batch, for those who study it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -8,16 +8,13 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from keras_kfac.introspection.forward_pass import recording
-from keras_kfac.introspection.known_losses import as_loss, likelihoods_of
+from keras_kfac.introspection.known_losses import as_loss, likelihoods_of, only_loss
 from keras_kfac.introspection.losses import Score, Term, understood
 from keras_kfac.introspection.observed_losses import observed_losses
 from keras_kfac.introspection.replay import Replay, tangents
 from keras_kfac.introspection.target_curvature import unknown_likelihood
 from keras_kfac.math.likelihood import Likelihood
-from keras_kfac.math.linalg import scalar, with_rank
-
-# What is smaller, relative to a vector that was to be made orthogonal to others, is not sure.
-_ROUNDING = {tf.float32: 1e-4, tf.float64: 1e-10}
+from keras_kfac.math.linalg import scalar, symmetrize, with_rank
 
 
 class FisherMatrix(tf.linalg.LinearOperator):
@@ -29,8 +26,8 @@ class FisherMatrix(tf.linalg.LinearOperator):
 
     The matrix is that of the loss as it is, with its reduction, sample weights and loss weights:
     `E[∇ log r ∇ log rᵀ]` of the predictive distribution `r`, times the weight `w` of the loss
-    `-w log r`, averaged as the loss averages. For the losses that K-FAC knows it equals the
-    generalised Gauss-Newton matrix.
+    `-w log r`, averaged as the loss averages. For cross-entropies of logits and squared errors it
+    equals the generalised Gauss-Newton matrix.
 
     Args:
         model: A built model, compiled with a loss.
@@ -161,48 +158,83 @@ class FisherMatrix(tf.linalg.LinearOperator):
         error = tf.math.reduce_std(each) / tf.sqrt(scalar(max(draws - 1, 1), self.dtype))
         return tf.reduce_mean(each), error
 
-    def largest_eigenvalues(self, count: int = 10, steps: int = 0, seed: int = 0) -> tf.Tensor:
-        """The largest eigenvalues, by Lanczos's method.
+    def largest_eigenvalues(self, count: int = 10, steps: int = 12, seed: int = 0) -> tf.Tensor:
+        """The largest eigenvalues, by the block method of Lanczos.
+
+        Blocks are as wide as the number of eigenvalues, so that none is missed that occurs several
+        times. Where the blocks would fill the space, the matrix is formed instead.
 
         Args:
             count: How many.
-            steps: Products to take; 0 for twice the number and 20.
-            seed: Of the vector to start with.
+            steps: Blocks to take, each of `count` products.
+            seed: Of the vectors to start with.
 
         Returns:
             `[count]`, falling.
 
-        Source: Golub & Van Loan (2013), "Matrix Computations", section 10.1, with complete
+        Source: Golub & Van Loan (2013), "Matrix Computations", section 10.3.6, with complete
         reorthogonalisation.
         """
-        steps = min(steps or 2 * count + 20, self._size)
-        vector = tf.random.stateless_normal([self._size], [seed, 1], dtype=self.dtype)
-        basis = [vector / tf.norm(vector)]
+        if count * steps >= self._size:
+            return self._falling_eigenvalues(self.to_dense())[:count]
+        start = tf.random.stateless_normal([self._size, count], [seed, 1], dtype=self.dtype)
+        blocks = [tf.linalg.qr(start).q]
         for _ in range(steps - 1):
-            new = self.matvec(basis[-1])
-            length = tf.norm(new)
-            for _ in range(2):  # Once leaves rounding errors that grow.
-                stacked = tf.stack(basis)
-                new -= tf.linalg.matvec(stacked, tf.linalg.matvec(stacked, new), transpose_a=True)
-            # Nothing but rounding errors is left where the vectors span all that there is.
-            is_new = tf.norm(new) > _ROUNDING[self.dtype] * length
-            basis.append(tf.where(is_new, tf.math.divide_no_nan(new, tf.norm(new)), 0))
-        stacked = tf.stack(basis, axis=1)
-        small = tf.matmul(stacked, self.matmul(stacked), transpose_a=True)
-        values = tf.linalg.eigvalsh(0.5 * (small + tf.transpose(small)))
-        return tf.reverse(values, [0])[:count]
+            new = self.matmul(blocks[-1])
+            # Once leaves rounding errors that grow; and what is nothing but these, because the
+            # blocks hold all that there is, has to be made orthogonal after it is scaled up.
+            for _ in range(3):
+                for block in blocks:
+                    new -= tf.matmul(block, tf.matmul(block, new, transpose_a=True))
+                new = tf.linalg.qr(new).q
+            blocks.append(new)
+        basis = tf.concat(blocks, axis=1)
+        small = tf.matmul(basis, self.matmul(basis), transpose_a=True)
+        return self._falling_eigenvalues(small)[:count]
 
-    def kl_divergence(self, steps: Sequence[Any], draws: int = 0, seed: int = 0) -> tf.Tensor:
+    @staticmethod
+    def _falling_eigenvalues(matrix: tf.Tensor) -> tf.Tensor:
+        return tf.reverse(tf.linalg.eigvalsh(symmetrize(matrix)), [0])
+
+    def kl_divergence(self, steps: Sequence[Any]) -> tf.Tensor:
         """`KL(r_θ ‖ r_θ+δ)` of the predictions, scaled and averaged as the loss is.
 
         To second order that is `½ δᵀ F δ`.
 
         Args:
             steps: `δ`, in the order of `model.trainable_variables`.
-            draws: So many draws from the model in place of the closed form, which TensorFlow
-                Probability does not have for all distributions; 0 for none.
-            seed: Of these.
+
+        Raises:
+            ValueError: If TensorFlow Probability has no closed form: see `kl_estimate`.
         """
+        return self._divergence(steps, _closed_divergence)
+
+    def kl_estimate(
+        self, steps: Sequence[Any], draws: int = 100, seed: int = 0
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """`kl_divergence` by draws from the model, for any distribution.
+
+        Args:
+            steps: `δ`, in the order of `model.trainable_variables`.
+            draws: How many for each position, at least 2.
+            seed: Of these.
+
+        Returns:
+            An unbiased estimate, and its standard error.
+        """
+
+        def each_draw(old: Any, new: Any, index: int) -> tf.Tensor:
+            y = old.sample(draws, seed=tf.constant([seed, index]))
+            return old.log_prob(y) - new.log_prob(y)
+
+        each = self._divergence(steps, each_draw)
+        error = tf.math.reduce_std(each) / scalar((draws - 1) ** 0.5, self.dtype)
+        return tf.reduce_mean(each), error
+
+    def _divergence(
+        self, steps: Sequence[Any], of_positions: Callable[[Any, Any, int], tf.Tensor]
+    ) -> tf.Tensor:
+        """A divergence `[..., *positions]` of each output, summed as the loss sums."""
         weights = {id(v): v.value + step for v, step in zip(self._variables, steps)}
         before, after = (self._differentiable(w) for w in ({}, weights))
         total = scalar(0.0, self.dtype)
@@ -211,13 +243,11 @@ class FisherMatrix(tf.linalg.LinearOperator):
             if not isinstance(likelihood, Likelihood):
                 raise unknown_likelihood(term.score.loss)
             old, new = (likelihood.distribution(each[index]) for each in (before, after))
-            if draws:
-                y = old.sample(draws, seed=tf.constant([seed, index]))
-                divergence = tf.reduce_mean(old.log_prob(y) - new.log_prob(y), axis=0)
-            else:
-                divergence = tfp.distributions.kl_divergence(old, new)
-            weighted = divergence * tf.cast(term.coefficients(), divergence.dtype)
-            total += tf.cast(tf.reduce_sum(weighted) * term.likelihood_weight(), self.dtype)
+            divergence = of_positions(old, new, index)
+            coefficients = tf.cast(term.coefficients(), divergence.dtype)
+            axes = list(range(-coefficients.shape.rank, 0))
+            weighted = tf.reduce_sum(divergence * coefficients, axis=axes)
+            total += tf.cast(weighted * term.likelihood_weight(), self.dtype)
         return total
 
     def _differentiable(self, weights: dict[int, tf.Tensor]) -> list[tf.Tensor]:
@@ -250,6 +280,16 @@ class FisherMatrix(tf.linalg.LinearOperator):
         return self.flatten(gradients.values()) + scalar(self._damping, self.dtype) * vector
 
 
+def _closed_divergence(old: Any, new: Any, index: int) -> tf.Tensor:
+    try:
+        return tfp.distributions.kl_divergence(old, new)
+    except NotImplementedError as error:
+        raise ValueError(
+            "TensorFlow Probability has no closed form of this divergence: use `kl_estimate`. "
+            f"Received: {old}"
+        ) from error
+
+
 def _given_likelihoods(
     model: keras.Model, likelihood: Any, outputs: Any
 ) -> list[Likelihood | None]:
@@ -278,13 +318,25 @@ def _terms(
                 f"is of which output. Received: y=None for {len(flat)} outputs"
             )
         weight = None if sample_weight is None else tf.convert_to_tensor(sample_weight)
-        score = Score(as_loss(model.loss), flat[0], None, weight, is_complete=False)
-        return [understood(score, 0, given[0])]
+        loss, loss_weight = only_loss(model)
+        score = Score(as_loss(loss), flat[0], None, weight, loss_weight, is_complete=False)
+        term = understood(score, 0, given[0])
+        if term.needs_targets and not term.is_empirical:
+            raise ValueError(
+                "The Fisher matrix of this loss depends on the targets. Received: y=None for "
+                f"loss={loss!r}"
+            )
+        return [term]
     with observed_losses() as observed:
         total = model.compute_loss(x, y, outputs, sample_weight, training=False)
     places = {id(output): index for index, output in enumerate(flat)}
-    scores = [(score, places[id(score.outputs)]) for score in observed.scores(total)]
-    return [understood(score, index, given[index]) for score, index in scores]
+    scores = observed.terms(total).scores
+    if any(id(score.outputs) not in places for score in scores):
+        raise ValueError(
+            "The Fisher matrix is that of losses of the model's outputs as they are. Received: "
+            f"losses {[score.loss.name for score in scores]} of other tensors"
+        )
+    return [understood(s, places[id(s.outputs)], given[places[id(s.outputs)]]) for s in scores]
 
 
 def _curvature(term: Term, outputs: tf.Tensor, direction: tf.Tensor) -> tf.Tensor:

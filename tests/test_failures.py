@@ -258,6 +258,22 @@ def test_negative_sample_weights_are_refused(run_eagerly: bool) -> None:
     helpers.assert_same(helpers.weights(model), before)
 
 
+def test_sample_weights_of_another_shape_are_refused() -> None:
+    """Keras takes `[N, N]` for a loss `[N]`, and sums up all products."""
+    model = helpers.compiled(helpers.mlp(), helpers.kfac())
+    x, y = helpers.vectors(helpers.BATCH)
+    optimizer = helpers.inner(model).attach(model)
+    with pytest.raises(ValueError, match=r"must have the shape of the loss.* Received: .*\(8, 8\)"):
+        model.train_on_batch(x, y, sample_weight=np.ones([helpers.BATCH, helpers.BATCH]))
+    assert int(optimizer.iterations) == 0
+
+
+def test_negative_loss_weights_are_refused() -> None:
+    model = helpers.compiled(helpers.mlp(), helpers.kfac(), loss_weights=-1.0)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="loss weights and sample weights"):
+        helpers.fit(model, helpers.vectors())
+
+
 def unsampleable(outputs: tf.Tensor) -> Any:
     class Unsampleable(tfp.distributions.Normal):
         def _sample_n(self, n: Any, seed: Any = None) -> Any:
@@ -270,6 +286,14 @@ def vectors_of(outputs: tf.Tensor) -> Any:
     return tfp.distributions.Normal(outputs, 1.0)
 
 
+def no_distribution(outputs: tf.Tensor) -> Any:
+    return outputs
+
+
+def constant(outputs: tf.Tensor) -> Any:
+    return tfp.distributions.Normal(tf.zeros(tf.shape(outputs)[:1]), 1.0)
+
+
 LIKELIHOODS: dict[str, tuple[Any, type[Exception], str]] = {
     "not_for_each_position": (
         vectors_of,
@@ -278,10 +302,16 @@ LIKELIHOODS: dict[str, tuple[Any, type[Exception], str]] = {
         r"^A likelihood must be one distribution for each position.*Independent.*"
         r" Received: outputs of shape \(8, 3\)",
     ),
+    "no_distribution": (
+        no_distribution,
+        ValueError,
+        r"^A likelihood must be a function from outputs to a.* Received: one that returns",
+    ),
+    "constant": (constant, ValueError, r"must depend on the outputs.* Received: .*Normal"),
     "unsampleable": (
         unsampleable,
         ValueError,
-        r"needs draws.*fisher='empirical'.* Received: .*Unsampleable",
+        r"needs draws.*'empirical' with numbers as.* Received: .*Unsampleable",
     ),
 }
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from keras_kfac.math.families import form_of
+from keras_kfac.math.huber import Huber
 from tests.reference import assert_close
 
 tfd = tfp.distributions
@@ -87,6 +88,8 @@ CASES = {
     "log-normal": Case(two(tfd.LogNormal), 2, half_line),
     "logit-normal": Case(two(tfd.LogitNormal), 2, unit_interval),
     "cauchy": Case(two(tfd.Cauchy), 2, line),
+    "laplace": Case(two(tfd.Laplace), 2, line),
+    "huber": Case(lambda f: Huber(f[..., 0], 1.5), 1, line),
     "logistic": Case(two(tfd.Logistic), 2, line),
     "gumbel": Case(two(tfd.Gumbel), 2, line),
     "student-t": Case(lambda f: tfd.StudentT(4.0, f[..., 0], tf.exp(f[..., 1])), 2, line),

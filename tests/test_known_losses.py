@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_kfac import KFAC
 from keras_kfac.introspection.losses import Score, understood
+from keras_kfac.introspection.target_curvature import is_convex
 from keras_kfac.math.likelihood import Likelihood, normal
 from tests import helpers
 from tests.cases import factors, mlp
@@ -292,3 +293,73 @@ def labels(x):
 def test_losses_of_other_shapes_learn(loss, shape, classes):
     with pytest.warns(UserWarning, match="no predictive distribution"):
         trained(loss, shape, classes)
+
+
+class WeightedCrossentropy(losses.CategoricalCrossentropy):
+    """Another loss, by its own `call`."""
+
+    def call(self, y_true, y_pred):
+        return 5.0 * super().call(y_true, y_pred)
+
+
+class Named(losses.CategoricalCrossentropy):
+    """The same loss under another name."""
+
+
+class TestSubclasses:
+    def test_that_computes_something_else_is_not_known(self):
+        loss = WeightedCrossentropy(from_logits=True, label_smoothing=0.1, dtype="float64")
+        outputs = tf.constant(real())
+        term = understood(Score(loss, outputs, tf.constant(one_hot())), 0)
+        assert term.likelihood is None and term.is_empirical
+        assert_close(term.values(outputs), loss.call(term.targets, outputs))
+
+    def test_that_is_the_same_keeps_its_options(self):
+        loss = Named(from_logits=True, label_smoothing=0.1, dtype="float64")
+        outputs = tf.constant(real())
+        term = understood(Score(loss, outputs, tf.constant(one_hot())), 0)
+        assert term.likelihood is not None
+        assert_close(term.values(outputs), loss.call(term.targets, outputs))
+        plain = losses.CategoricalCrossentropy(from_logits=True, dtype="float64")
+        same = understood(Score(plain, outputs, tf.constant(one_hot())), 0)
+        columns = [t.likelihood.root_column(outputs, 1) for t in (term, same)]
+        np.testing.assert_array_equal(*columns)
+
+    def test_of_a_convex_loss_is_convex_only_if_it_is_the_same(self):
+        class Own(losses.SquaredHinge):
+            def call(self, y_true, y_pred):
+                return -super().call(y_true, y_pred)
+
+        assert is_convex(losses.SquaredHinge()) and not is_convex(Own())
+
+
+def weights_after(loss, data, **kwargs):
+    """The weights of a network that took some steps."""
+    model = helpers.compiled(helpers.mlp(), KFAC(), loss)
+    helpers.fit(model, data, epochs=2, **kwargs)
+    return helpers.weights(model)
+
+
+def test_class_weights_are_sample_weights():
+    x, y = helpers.vectors()
+    by_class = {0: 1.0, 1: 2.5, 2: 0.5}
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    ours = weights_after(loss, (x, y), class_weight=by_class)
+    theirs = weights_after(loss, (x, y), sample_weight=np.vectorize(by_class.get)(y))
+    helpers.assert_same(ours, theirs)
+    helpers.assert_different(ours, weights_after(loss, (x, y)))
+
+
+def test_ignored_class_counts_as_a_mask():
+    """As positions of weight zero, in the loss and in the factors."""
+    outputs, classes = mlp((4, 3)), RNG.integers(-1, 3, (12,))
+    x = RNG.normal(size=(12, 4))
+    kept = classes >= 0
+    assert 0 < kept.sum() < 12
+    ignoring = losses.SparseCategoricalCrossentropy(True, ignore_class=-1, dtype="float64")
+    plain = losses.SparseCategoricalCrossentropy(True, dtype="float64")
+    actual = factors(outputs, ignoring, x, classes)
+    expected = factors(outputs, plain, x[kept], classes[kept])
+    for ours, theirs in zip(actual, expected):
+        for a, b in zip(ours, theirs):
+            assert_close(a, b)

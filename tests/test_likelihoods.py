@@ -12,7 +12,7 @@ from keras_kfac.math.likelihood import Likelihood
 from tests import helpers
 from tests.cases import factors, mlp
 from tests.reference import assert_close, kron
-from tests.test_information import CASES, KL_CASES
+from tests.test_information import CASES, KL_CASES, Case, fisher_by_definition, line
 
 tfd = tfp.distributions
 layers = keras.layers
@@ -84,6 +84,35 @@ def mixture(outputs):
     means, log_scales, logits = tf.split(outputs, 3, axis=-1)
     parts = tfd.Normal(means, tf.exp(log_scales))
     return tfd.MixtureSameFamily(tfd.Categorical(logits), parts)
+
+
+def test_sampled_of_a_mixture_converges_to_an_integral():
+    """Without a closed form there is still the definition."""
+    case, draws = Case(mixture, 6, line), 40_000
+    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (1, 6)))
+    vectors = Likelihood(mixture).sampled_vector(tf.tile(outputs, [draws, 1]), SEED).numpy()
+    products = vectors[:, :, None] * vectors[:, None]
+    error = products.std(axis=0) / np.sqrt(draws)
+    expected = fisher_by_definition(case, outputs)[0]
+    assert (np.abs(products.mean(axis=0) - expected) <= 5 * error).all()
+
+
+def test_rate_of_convergence_is_that_of_an_average():
+    """Identity 4, from both sides: a hundred times the draws have a tenth of the error."""
+    likelihood = Likelihood(CASES["normal"].make)
+    outputs = tf.constant([[0.3, -0.2]], tf.float64)
+    exact = sum(
+        np.multiply.outer(column, column)
+        for i in range(likelihood.columns(outputs))
+        for column in [likelihood.root_column(outputs, i)[0]]
+    )
+    errors = []
+    for draws in (20, 2000):
+        shape = [200, draws, 2]
+        vectors = likelihood.sampled_vector(tf.broadcast_to(outputs, shape), SEED).numpy()
+        means = np.einsum("rdi,rdj->rij", vectors, vectors) / draws
+        errors.append(np.sqrt(np.mean(np.square(means - exact))))
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.2)
 
 
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])

@@ -193,8 +193,27 @@ def test_losses_are_seen_on_this_thread_and_in_training_only():
         assert keras.losses.Loss.__call__ is not call
         total = 3 * loss(one, two) + loss(two, one)
         ignored = loss(one, one)
-    first, second = observed.scores(total)
+    first, second = observed.terms(total).scores
     assert (float(first.weight), float(second.weight)) == (3.0, 1.0)
     assert first.outputs is two and second.outputs is one
     assert float(ignored) == 0
     assert keras.losses.Loss.__call__ is call
+
+
+@pytest.mark.filterwarnings("always")
+def test_loss_of_another_tensor_is_named():
+    """Of a part of the outputs: its gradient counts, its curvature can't."""
+
+    class Sliced(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            loss = keras.losses.MeanSquaredError(name="of_first")
+            whole = super().compute_loss(x, y, y_pred, sample_weight)
+            return whole + loss(y[:, :1], y_pred[:, :1])
+
+    inputs = keras.Input((4,))
+    model = Sliced(inputs, keras.layers.Dense(2)(inputs))
+    model.compile(KFAC(), "mse")
+    x = RNG.normal(size=(16, 4))
+    with pytest.warns(UserWarning, match=r"a tensor that the model does not return.*of_first"):
+        helpers.fit(model, (x, x[:, :2]))
+    helpers.assert_all_finite(model)

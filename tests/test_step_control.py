@@ -309,10 +309,18 @@ class TestGroupRates:
         assert given[:2].tolist() == [0.5, 0.5]
 
 
-def linear_regression(l2=None, examples=40):
+class Adding(layers.Layer):
+    """Adds a loss that is linear in its inputs, which it passes on."""
+
+    def call(self, inputs):
+        self.add_loss(0.7 * tf.reduce_mean(inputs))
+        return inputs
+
+
+def linear_regression(l2=None, examples=40, **options):
     """A model whose loss is exactly quadratic."""
     keras.utils.set_random_seed(0)
-    dense = layers.Dense(2, dtype="float64", kernel_regularizer=l2)
+    dense = layers.Dense(2, dtype="float64", kernel_regularizer=l2, **options)
     model = keras.Sequential([keras.Input((4,), dtype="float64"), dense])
     return model, RNG.normal(size=(examples, 4)), RNG.normal(size=(examples, 2))
 
@@ -351,6 +359,28 @@ class TestExactQuadratic:
         for _ in range(4):
             model.train_on_batch(x, y)
             assert float(optimizer.reduction_ratio) == pytest.approx(1, abs=1e-8)
+
+    @pytest.mark.parametrize("kind", ["layer", "activity"])
+    def test_ratio_counts_what_layers_add(self, kind):
+        """A linear loss changes the gradient alone, so that the model is as exact as before."""
+        options = {"activity_regularizer": lambda out: 0.7 * tf.reduce_mean(out)}
+        model, x, y = linear_regression(**(options if kind == "activity" else {}))
+        if kind == "layer":
+            model.add(Adding(dtype="float64"))
+        optimizer = KFAC(damping=LevenbergMarquardt(initial=0.1, period=1), **EVERY_STEP)
+        train(model, optimizer, x, y, 0)
+        assert len(model.losses) in (0, 1)
+        for _ in range(4):
+            model.train_on_batch(x, y)
+            assert float(optimizer.reduction_ratio) == pytest.approx(1, abs=1e-8)
+
+    def test_ratio_without_what_layers_add_differs(self, monkeypatch):
+        monkeypatch.setattr(gauss_newton, "_added_change", lambda *_: tf.zeros((), tf.float64))
+        model, x, y = linear_regression()
+        model.add(Adding(dtype="float64"))
+        optimizer = KFAC(damping=LevenbergMarquardt(initial=0.1, period=1), **EVERY_STEP)
+        train(model, optimizer, x, y, 1)
+        assert abs(float(optimizer.reduction_ratio) - 1) > 0.05
 
     def test_ratio_is_not_one_with_damping_inside(self):
         """The negative half: at the damped minimiser, damping inside makes the ratio exceed 1."""

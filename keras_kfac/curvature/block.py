@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kfac.curvature.regularization import l2_coefficient
+from keras_kfac.curvature.regularization import mean_l2_coefficient
 from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
@@ -81,7 +81,7 @@ class KroneckerBlock:
     ) -> None:
         self.adapter = adapter
         self._product_dtype = product_dtype
-        self._l2 = l2_coefficient(adapter.variables[0])
+        self._l2 = mean_l2_coefficient(adapter.variables)
         dtype = adapter.variables[0].dtype
         shapes = adapter.factor_shapes
         self.input_factor = add_variable("input_factor", shapes[0], dtype)
@@ -163,7 +163,6 @@ class KroneckerBlock:
 
     def invert(self, damping: tf.Tensor) -> Inverse:
         """The inverse of the damped factors as they are now; not finite where that fails."""
-        # The curvature of the regulariser of the kernel, the bulk of the weights.
         damping = scalar(damping, self.input_factor.dtype) + self._l2
         factors = [s.filled(f) for s, f in zip(self._structures, self._factors())]
         a, g = aligned(factors, self._structures)

@@ -18,6 +18,17 @@ def l2_coefficient(variable: keras.Variable) -> float:
     return 0.0
 
 
+def mean_l2_coefficient(variables: Sequence[keras.Variable]) -> float:
+    """The mean over the weights of a block, each with the coefficient of its variable.
+
+    Biases and other vectors count if there is nothing else: they have no share in what the
+    regulariser of a kernel beside them means.
+    """
+    matrices = [v for v in variables if len(v.shape) > 1] or variables
+    sizes = [int(v.value.shape.num_elements()) for v in matrices]
+    return sum(n * l2_coefficient(v) for n, v in zip(sizes, matrices)) / sum(sizes)
+
+
 def penalty_change(
     variables: Sequence[keras.Variable], new_values: Mapping[int, tf.Tensor]
 ) -> tf.Tensor:
@@ -27,5 +38,5 @@ def penalty_change(
         if variable.regularizer is not None:
             before = variable.regularizer(tf.convert_to_tensor(variable.value))
             after = variable.regularizer(new_values[id(variable)])
-            change += tf.cast(after - before, tf.float64)
+            change += tf.cast(after, tf.float64) - tf.cast(before, tf.float64)
     return change

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.losses import Score, Term
+from keras_kfac.introspection.observed_losses import AddedLoss
 from keras_kfac.introspection.replay import Replay
 
 
@@ -49,6 +50,7 @@ class ForwardPass:
         outputs: What the model returned.
         scores: The losses of its outputs, as `compute_loss` took them.
         terms: The same, understood: what the step goes by.
+        added: Losses that layers added, which count in the same total.
         replay: Runs the same forward pass again.
     """
 
@@ -59,6 +61,7 @@ class ForwardPass:
         self.outputs: Any = None
         self.scores: list[Score] = []
         self.terms: list[Term] = []
+        self.added: list[AddedLoss] = []
         self.replay: Replay | None = None
         self.tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
         self._graph = _keras_internals.current_graph()

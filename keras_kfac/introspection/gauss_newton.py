@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_kfac.introspection.batch_part import WHOLE, BatchPart, examples_of, whole_over_part
 from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.observed_losses import AddedLoss
 from keras_kfac.introspection.replay import Weights, tangents
 from keras_kfac.math.linalg import symmetric_matrix, upper_triangle
 
@@ -85,16 +86,33 @@ def _of_pass(
 def loss_change(passes: Sequence[ForwardPass], weights: Weights) -> tf.Tensor:
     """What the batch's loss changes by if some weights take other values; float64 scalar.
 
-    Only the loss of the targets counts; regularisers are the caller's.
+    The losses of the targets count, and those that layers add; regularisers of weights are the
+    caller's.
 
     Raises:
         RuntimeError: If the targets are not known.
     """
     change = tf.zeros((), _SUM)
     for forward_pass in passes:
-        outputs = tf.nest.flatten(forward_pass.again.outputs(weights))
+        structure, added = forward_pass.again.outputs_and_losses(weights)
+        outputs = tf.nest.flatten(structure)
+        change += _added_change(forward_pass.added, added)
         for term in forward_pass.terms:
             coefficients = tf.cast(term.coefficients(), _SUM)
             difference = term.values(outputs[term.index]) - term.values(term.outputs)
             change += tf.reduce_sum(coefficients * tf.cast(difference, _SUM))
     return change
+
+
+def _added_change(before: Sequence[AddedLoss], after: Sequence[tf.Tensor]) -> tf.Tensor:
+    """What the losses that layers add change by, in a total in which they count alike.
+
+    Keras tells them in another order than the calls come in: only their sums can be compared, if
+    all of them are in the total.
+    """
+    if not before or len(before) != len(after):
+        return tf.zeros((), _SUM)
+    weight = tf.reduce_mean([tf.cast(tf.reduce_mean(loss.weight), _SUM) for loss in before])
+    old = tf.add_n([tf.reduce_sum(tf.cast(loss.value, _SUM)) for loss in before])
+    new = tf.add_n([tf.reduce_sum(tf.cast(loss, _SUM)) for loss in after])
+    return weight * (new - old)

@@ -1,7 +1,7 @@
 """The predictive distributions behind Keras's losses."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
@@ -78,6 +78,23 @@ _FUNCTIONS = {
     _losses.poisson: _losses.Poisson,
 }
 CHOICES = ", ".join(loss.__name__ for loss in _LIKELIHOODS)
+# What Keras's `compile` makes of a function: a class without a name of its own in public.
+_WRAPPER = _losses.MeanSquaredError.__base__
+_COMPUTING = ("call", "__call__")  # The methods that say what a loss is.
+
+
+def keras_class(
+    loss: keras.losses.Loss, classes: Collection[type[keras.losses.Loss]]
+) -> type[keras.losses.Loss] | None:
+    """Which of some of Keras's classes a loss is of, with its mathematics.
+
+    A subclass that computes something else is of none.
+    """
+    for base in type(loss).__mro__:
+        if base in classes:
+            own = [getattr(type(loss), name) is getattr(base, name) for name in _COMPUTING]
+            return base if all(own) else None
+    return None
 
 
 class _FunctionLoss(keras.losses.Loss):
@@ -104,6 +121,23 @@ def as_loss(loss: Any) -> keras.losses.Loss:
     return _FunctionLoss(loss) if named is None else named()
 
 
+def only_loss(model: keras.Model) -> tuple[Any, float]:
+    """The loss that a model of one output was compiled with, and its loss weight.
+
+    Returns:
+        The loss as given, `None` if there is none or there are several.
+    """
+    if not model.compiled or getattr(model, "loss", None) is None:
+        return None, 1.0
+    loss = model.loss
+    losses = tf.nest.flatten(loss) if isinstance(loss, (list, tuple, dict)) else [loss]
+    with tf.init_scope():  # Serialising reads variables, which a graph can't.
+        config = model.get_compile_config() or {}
+    weights = tf.nest.flatten(config.get("loss_weights"))
+    weight = 1.0 if len(weights) != 1 or weights[0] is None else float(weights[0])
+    return losses[0] if len(losses) == 1 else None, weight
+
+
 def known(loss: keras.losses.Loss) -> tuple[keras.losses.Loss, Likelihood | None]:
     """A loss, as its class where Keras wrapped a function, and the likelihood behind it.
 
@@ -112,13 +146,22 @@ def known(loss: keras.losses.Loss) -> tuple[keras.losses.Loss, Likelihood | None
     """
     if isinstance(loss, NegativeLogLikelihood):
         return loss, Likelihood(loss.distribution)
-    if type(loss) not in _LIKELIHOODS:
-        named = _FUNCTIONS.get(getattr(loss, "fn", None))
-        if named is None:
-            return loss, None
+    named = _FUNCTIONS.get(wrapped_function(loss))
+    if named is not None:
         loss = named(reduction=loss.reduction, dtype=loss.dtype)
+    found = keras_class(loss, _LIKELIHOODS)
+    if found is None:
+        return loss, None
     _check_supported(loss)
-    return loss, _LIKELIHOODS[type(loss)](loss)
+    return loss, _LIKELIHOODS[found](loss)
+
+
+def wrapped_function(loss: keras.losses.Loss) -> Any:
+    """The function of Keras's that a loss is, if it is nothing else and has no options."""
+    if type(loss) is not _WRAPPER or not loss.fn.__module__.startswith("keras."):
+        return None
+    options = set(loss.get_config()) - {"name", "reduction", "dtype", "fn"}
+    return None if options else loss.fn
 
 
 def as_likelihood(given: Any) -> Likelihood:

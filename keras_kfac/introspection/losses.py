@@ -13,8 +13,8 @@ from keras_kfac.math.likelihood import Likelihood, OutputCurvature
 from keras_kfac.math.linalg import scalar, with_rank
 
 _NEGATIVE = (
-    "A Fisher matrix of examples of negative weight may not be positive semi-definite. K-FAC needs "
-    "sample weights that are at least 0."
+    "A Fisher matrix of losses or examples of negative weight may not be positive semi-definite. "
+    "K-FAC needs loss weights and sample weights that are at least 0."
 )
 
 
@@ -104,10 +104,15 @@ class Term:
             RuntimeError: Without targets.
             ValueError: If the likelihood does not suit the outputs.
         """
-        if self.likelihood is None or needs_targets:
+        if self.needs_targets or needs_targets:
             _ = self.targets
         if self.likelihood is not None:
             self.likelihood.distribution(self.outputs)
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the curvature depends on the targets."""
+        return self.likelihood is None or self._ignores
 
     @property
     def is_empirical(self) -> bool:
@@ -149,6 +154,7 @@ class Term:
     def _by_value(self) -> tf.Tensor:
         """Derivative of the total loss by each of the loss's own values."""
         loss, outputs, sample_weight = self.score.loss, self.outputs, self.score.sample_weight
+        tf.debugging.assert_non_negative(self.score.weight, _NEGATIVE)
         if sample_weight is not None:
             tf.debugging.assert_non_negative(tf.convert_to_tensor(sample_weight), _NEGATIVE)
         if self._ignores:
@@ -156,6 +162,8 @@ class Term:
             counts = tf.not_equal(tf.cast(classes, tf.int64), _ignored_class(loss))
             outputs = _keras_internals.with_mask(outputs, counts)
         values = tf.zeros_like(self._own_values(), dtype=loss.dtype)
+        if sample_weight is not None:
+            _check_shape(tf.convert_to_tensor(sample_weight).shape, values.shape)
         with tf.GradientTape() as tape:
             tape.watch(values)
             total = _Reduction(values, loss)(outputs, outputs, sample_weight)
@@ -220,6 +228,25 @@ class Term:
         if likelihood.make is likelihood.of_logits and not is_seen:
             return outputs, likelihood
         return logits, dataclasses.replace(likelihood, make=likelihood.of_logits)
+
+
+def _check_shape(weights: tf.TensorShape, values: tf.TensorShape) -> None:
+    """Checks that there is a weight for each value of a loss, or for those along its first axes.
+
+    Keras broadcasts weights `[N, N]` for values `[N]`, and sums up their products.
+    """
+    if weights.rank is None or values.rank is None:
+        return
+    if weights.rank == values.rank + 1 and weights[-1] == 1:
+        weights = weights[:-1]
+    fits = weights.rank <= values.rank and all(
+        own is None or other is None or own in (1, other) for own, other in zip(weights, values)
+    )
+    if not fits:
+        raise ValueError(
+            "Sample weights must have the shape of the loss before its reduction, or that of its "
+            f"first axes. Received: sample weights of shape {weights} for a loss of shape {values}"
+        )
 
 
 def _spread(values: tf.Tensor, outputs: tf.Tensor, rank: int) -> tf.Tensor:

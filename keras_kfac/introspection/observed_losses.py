@@ -6,8 +6,8 @@ Keras puts the losses of a model's outputs together in private; whoever calls th
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -16,10 +16,15 @@ from keras_kfac.introspection.losses import Score
 
 
 class ObservedLosses:
-    """The losses called while they were observed, with their values."""
+    """The losses called while they were observed, with their values.
 
-    def __init__(self) -> None:
+    Args:
+        added: Losses that layers added to the model before.
+    """
+
+    def __init__(self, added: Sequence[tf.Tensor] = ()) -> None:
         self._calls: list[tuple[Score, tf.Tensor]] = []
+        self._added = added
         self.tape = tf.GradientTape(watch_accessed_variables=False)
 
     def add(self, score: Score, value: tf.Tensor) -> None:
@@ -27,11 +32,29 @@ class ObservedLosses:
         self.tape.watch(value)
         self._calls.append((score, value))
 
-    def scores(self, total: tf.Tensor) -> list[Score]:
-        """Those that are terms of the total, with their weight in it."""
-        weights = self.tape.gradient(total, [value for _, value in self._calls])
-        calls = zip(self._calls, weights)
-        return [score._replace(weight=w) for (score, _), w in calls if w is not None]
+    def terms(self, total: tf.Tensor) -> "Terms":
+        """What makes up the total."""
+        values = [value for _, value in self._calls]
+        of_calls, of_added = self.tape.gradient(total, [values, list(self._added)])
+        calls, added = zip(self._calls, of_calls), zip(self._added, of_added)
+        return Terms(
+            [score._replace(weight=w) for (score, _), w in calls if w is not None],
+            [AddedLoss(loss, w) for loss, w in added if w is not None],
+        )
+
+
+class AddedLoss(NamedTuple):
+    """A loss that a layer added, and its weight in the total."""
+
+    value: tf.Tensor
+    weight: tf.Tensor
+
+
+class Terms(NamedTuple):
+    """What makes up a total loss: losses of outputs, and those that layers added."""
+
+    scores: list[Score]
+    added: list[AddedLoss]
 
 
 class _Observing(threading.local):
@@ -44,12 +67,17 @@ _observing = _Observing()
 
 
 @contextlib.contextmanager
-def observed_losses() -> Iterator[ObservedLosses]:
-    """Notes calls of Keras losses in the body, on this thread, but for those within another."""
-    observed = ObservedLosses()
+def observed_losses(added: Sequence[tf.Tensor] = ()) -> Iterator[ObservedLosses]:
+    """Notes calls of Keras losses in the body, on this thread, but for those within another.
+
+    Args:
+        added: Losses that layers added to the model before, of which to find what they count.
+    """
+    observed = ObservedLosses(added)
     before, _observing.observed = _observing.observed, observed
     try:
         with _calls.seen(), observed.tape:
+            observed.tape.watch(list(added))
             yield observed
     finally:
         _observing.observed = before

@@ -67,21 +67,28 @@ class Replay:
             weights: Values for some of the layer's variables; the others keep theirs.
             cut: Chooses examples of a tensor whose first axis is the batch; all if `None`.
         """
+        return self.outputs_and_losses(weights, cut)[0]
+
+    def outputs_and_losses(
+        self, weights: Weights, cut: Callable[[tf.Tensor], tf.Tensor] | None = None
+    ) -> tuple[Any, list[tf.Tensor]]:
+        """What the layer returns, and the losses that it and layers below add."""
         args, kwargs = self._args, self._kwargs
         if cut is not None:
             args, kwargs = _with_batches((args, kwargs), cut)
-        with self.scope(weights):
-            return self._layer(*args, **kwargs)
+        with self.scope(weights) as scope:
+            outputs = self._layer(*args, **kwargs)
+            return outputs, list(scope.losses)
 
     @contextlib.contextmanager
-    def scope(self, weights: Weights) -> Iterator[None]:
+    def scope(self, weights: Weights) -> Iterator[keras.StatelessScope]:
         """Within it, variables have the values that they had before the pass, or those given."""
         trained = [(v, weights[id(v)]) for v in self._layer.weights if id(v) in weights]
         _replaying.active = True
         try:
             # Losses that layers add are collected by the scope, or they would end up in the model.
-            with keras.StatelessScope(state_mapping=self._states + trained, collect_losses=True):
-                yield
+            with keras.StatelessScope(self._states + trained, collect_losses=True) as scope:
+                yield scope
         finally:
             _replaying.active = False
 

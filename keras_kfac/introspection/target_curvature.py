@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.known_losses import CHOICES
+from keras_kfac.introspection.known_losses import CHOICES, keras_class, wrapped_function
 from keras_kfac.math.likelihood import OutputCurvature, Products, products_of
 
 _CONVEX = (keras.losses.SquaredHinge,)
@@ -15,7 +15,8 @@ _CONVEX = (keras.losses.SquaredHinge,)
 
 def is_convex(loss: keras.losses.Loss) -> bool:
     """Whether the Hessian matrix of a loss is known to be positive semi-definite, and diagonal."""
-    return isinstance(loss, _CONVEX) or getattr(loss, "fn", None) is keras.losses.squared_hinge
+    is_function = wrapped_function(loss) is keras.losses.squared_hinge
+    return is_function or keras_class(loss, _CONVEX) is not None
 
 
 def unknown_likelihood(loss: keras.losses.Loss) -> ValueError:

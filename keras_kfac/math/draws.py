@@ -42,6 +42,7 @@ def _sample(distribution: Any, seed: tf.Tensor) -> tf.Tensor:
     except NotImplementedError as error:
         raise ValueError(
             "The sampled Fisher matrix needs draws from the predictive distribution, which has "
-            "none. Use KFAC(fisher='empirical'), or 'exact' if its Fisher information is known in "
-            f"closed form. Received: {distribution}"
+            "none. Use KFAC(fisher='exact') if its Fisher information is known in closed form, or "
+            "'empirical' with numbers as learning rate, momentum and damping. Received: "
+            f"{distribution}"
         ) from error

@@ -193,10 +193,15 @@ class Likelihood(OutputCurvature):
         """TFP distribution with one batch entry for each position of the outputs.
 
         Raises:
-            ValueError: If it has others.
+            ValueError: If it has others, or is none.
         """
         outputs = _column(outputs)
         distribution = self.make(_wide(outputs))
+        if not isinstance(distribution, tfd.Distribution):
+            raise ValueError(
+                "A likelihood must be a function from outputs to a `tfp.distributions.Distribution`"
+                f". Received: one that returns {distribution!r}"
+            )
         if not distribution.batch_shape.is_compatible_with(outputs.shape[:-1]):
             raise ValueError(
                 "A likelihood must be one distribution for each position of the outputs "
@@ -214,6 +219,11 @@ class Likelihood(OutputCurvature):
             targets = tf.stop_gradient(draw(distribution, seed))
             negative_log_likelihood = -distribution.log_prob(targets)
         gradient = tape.gradient(negative_log_likelihood, outputs)
+        if gradient is None:
+            raise ValueError(
+                "The log-probability of a likelihood must depend on the outputs, by operations "
+                f"that can be differentiated. Received: {distribution}"
+            )
         return gradient * scalar(self.weight(outputs) ** 0.5, outputs.dtype)
 
     def columns(self, outputs: tf.Tensor) -> int:
