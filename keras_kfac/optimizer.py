@@ -97,6 +97,8 @@ class KFAC(SteppingOptimizer):
               gradients of single examples in place of the products of eigenvalues.
             - `"input"`: `A ⊗ g I` with the mean eigenvalue `g` of `G`: whitening of the inputs
               (PRONG, FOOF).
+            - `"linear_exact"`: `A ⊗ G` times the number of layers: exact for deep linear networks,
+              blocks between layers included.
             - `"diagonal"`: the diagonal of the block. `"full"`: the block as it is, for small
               layers: a matrix with a row for each weight.
 

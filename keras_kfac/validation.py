@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_kfac.curvature.choice import KFAC, STRUCTURES, Curvature
+from keras_kfac.curvature.choice import STRUCTURES, Curvature
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.introspection.weight_sharing import AUTO, EXPAND, REDUCE, Choice
 
@@ -204,16 +204,20 @@ def check_damping_bounds(
         )
 
 
+# Structures that know gradients by their output factor alone.
+_OF_FACTORS = ("kfac", "input", "linear_exact")
+
+
 def check_fisher(value: str, curvature: Curvature) -> str:
     """Checks the name of a kind of Fisher matrix, for a structure of curvature."""
     choices = [str(member) for member in Fisher]
     if value not in choices:
         raise ValueError(f"`fisher` must be one of {choices}. Received: fisher={value!r}")
     names = curvature.values() if isinstance(curvature, Mapping) else [curvature]
-    if value == Fisher.FORWARD_ONLY and not all(name in (KFAC, "input") for name in names):
+    if value == Fisher.FORWARD_ONLY and not all(name in _OF_FACTORS for name in names):
         raise ValueError(
             "fisher='forward_only' has no gradients of single examples, which structures other "
-            f"than {KFAC!r} and 'input' are made of. Received: curvature={curvature!r}"
+            f"than {_OF_FACTORS} are made of. Received: curvature={curvature!r}"
         )
     return str(value)
 

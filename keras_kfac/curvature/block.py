@@ -98,6 +98,9 @@ class KroneckerBlock:
         self.refreshes = add_variable("refreshes", (), "int32")
         self.staleness = add_variable("staleness", (), dtype)
 
+    def join(self, blocks: "Sequence[KroneckerBlock]") -> None:
+        """Gets to know all blocks of the model, in the order of the layers."""
+
     @property
     def observers(self) -> Sequence[LayerAdapter]:
         """Adapters whose statistics an update takes, that of the block first."""
@@ -118,7 +121,8 @@ class KroneckerBlock:
         new_weight = weight
         # Not a branch: one for each block takes seconds to trace.
         finite = tf.reduce_all([is_finite(factor) for factor in new_factors])
-        for variable, old, new in zip(self._factor_variables, self._factors(), new_factors):
+        for variable, new in zip((self.input_factor, self.output_factor), new_factors):
+            old = tf.convert_to_tensor(variable)
             average, new_weight = weighted_average(
                 old,
                 weight,
@@ -154,12 +158,9 @@ class KroneckerBlock:
         a, g = (np.repeat(v, s.copies, axis=-1) for v, s in zip(values, self._structures))
         return LayerSpectrum(self.adapter.path, a, g, float(damping) + float(self._l2))
 
-    @property
-    def _factor_variables(self) -> list[keras.Variable]:
-        return [self.input_factor, self.output_factor]
-
     def _factors(self) -> list[tf.Tensor]:
-        return [tf.convert_to_tensor(f) for f in self._factor_variables]
+        """Those that the block is the product of."""
+        return [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]
 
     def invert(self, damping: tf.Tensor) -> Inverse:
         """The inverse of the damped factors as they are now; not finite where that fails."""

@@ -10,12 +10,14 @@ from keras_kfac.curvature.block import KroneckerBlock
 from keras_kfac.curvature.eigenbasis import EigenbasisBlock
 from keras_kfac.curvature.exact import DiagonalBlock, FullBlock
 from keras_kfac.curvature.input_only import InputBlock
+from keras_kfac.curvature.linear_exact import LinearExactBlock
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path
 
 STRUCTURES: dict[str, type[KroneckerBlock]] = {
     "kfac": KroneckerBlock,
     "ekfac": EigenbasisBlock,
     "input": InputBlock,
+    "linear_exact": LinearExactBlock,
     "diagonal": DiagonalBlock,
     "full": FullBlock,
 }

@@ -51,6 +51,8 @@ class ModelCurvature:
             plan.build(_prefixed(add_variable, f"block.{index}."), product_dtype)
             for index, plan in enumerate(plans)
         ]
+        for block in self.blocks:
+            block.join(self.blocks)
         self._dtype = tf.float32
         if any(block.input_factor.dtype == "float64" for block in self.blocks):
             self._dtype = tf.float64
