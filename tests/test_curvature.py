@@ -9,7 +9,7 @@ from keras_kfac import KFAC
 from keras_kfac.curvature.choice import STRUCTURES
 from keras_kfac.introspection import example_gradients as introspection
 from keras_kfac.introspection import registry
-from keras_kfac.math import example_gradients, structure
+from keras_kfac.math import example_gradients
 from keras_kfac.math.inverses import ExactInverse
 from tests import helpers, test_recurrent
 from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, SCALES, collected, mlp
@@ -163,9 +163,9 @@ class TestEigenbasis:
 
 def one_step(curvature, batches=1, **options):
     """A float64 network before and after the last of some steps, its optimizer and last batch."""
-    options = {"momentum": 0.0, "learning_rate": 1.0, "damping": 0.3, "kl_clip": None} | options
+    fixed = {"momentum": 0.0, "learning_rate": 1.0, "damping": 0.3, "kl_clip": None}
     model = mlp((5, 4, 3))
-    optimizer = helpers.kfac(fisher="exact", curvature=curvature, **options)
+    optimizer = helpers.kfac(curvature=curvature, **(fixed | {"fisher": "exact"} | options))
     model.compile(optimizer.attach(model), MSE())
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(batches, 9, 5)), rng.normal(size=(batches, 9, 3))
@@ -220,18 +220,25 @@ class TestSteps:
             assert difference < 1e-12 * largest if batches == 1 else difference > 1e-3 * largest
 
     def test_ekfac(self):
-        """Two steps by hand: the bases of the first batch, then squares in them, then new bases."""
-        options = {"inverse_update_period": 2, "factor_update_period": 1, "learning_rate": 0.0}
-        optimizer, *_ = one_step("ekfac", batches=2, factor_ema_decay=0.0, **options)
-        kept = [block.inverse for block in optimizer._known.curvature.blocks]
-        # Nothing has moved: the model is as it began. The growing decay is 0 in the second step.
+        """Squares in the bases of the first batch, and then in new ones; no weight moves."""
+        options = {"fisher": "exact", "learning_rate": 0.0, "momentum": 0.0, "damping": 0.3}
         model, rng = mlp((5, 4, 3)), np.random.default_rng(0)
+        optimizer = helpers.kfac(curvature="ekfac", factor_ema_decay=0.0, **options)
+        model.compile(optimizer.attach(model), MSE())
         x = rng.normal(size=(2, 9, 5))
-        for layer, inverse in zip(model.layers, kept):
+        model.train_on_batch(x[0], np.zeros((9, 3)))
+        blocks = optimizer._known.curvature.blocks
+        old = [ExactInverse(*map(tf.identity, block.inverse)) for block in blocks]
+        model.train_on_batch(x[1], np.zeros((9, 3)))
+        for layer, block, before in zip(model.layers, blocks, old):
             (base,) = registry.adapt(layer, lambda v: True)
-            observer = introspection.RotatedSquaresAdapter(base, inverse[:2])
+            observer = introspection.RotatedSquaresAdapter(base, before[:2])
             (squares,) = collected(model, MSE(), x[1], [observer])
-            assert_close(inverse.eigenvalues, np.reshape(squares.output_factor, base.dims))
+            values = tf.reshape(squares.output_factor, base.dims)
+            after = block.inverse
+            assert_close(after.eigenvalues, before.diagonal_in(after, values))
+            product = ExactInverse.of(block.input_factor, block.output_factor, 0.3).eigenvalues
+            assert np.abs(after.eigenvalues - product).max() > 1e-3 * np.abs(product).max()
 
     def test_ekfac_keeps_what_it_knows_when_bases_change(self):
         """The diagonal of the old approximation in the new bases, computed densely."""
@@ -247,26 +254,24 @@ class TestSteps:
 
 
 def test_squares_lie_as_eigenvalues_of_factors_in_blocks():
-    """The last blocks are filled up: what belongs to no weight has no square."""
+    """The last block is filled up: what belongs to no weight has no square."""
     model = mlp((5, 4, 3))
     optimizer = helpers.kfac(fisher="exact", curvature="ekfac", max_factor_size=4)
     model.compile(optimizer.attach(model), MSE())
     rng = np.random.default_rng(0)
     model.train_on_batch(rng.normal(size=(9, 5)), rng.normal(size=(9, 3)))
-    block = optimizer._known.curvature.blocks[0]  # 6 x 4: two blocks of three rows, one of columns
+    block = optimizer._known.curvature.blocks[1]  # 5 x 3: two blocks of three rows, the last full
     inverse, x = block.inverse, tf.constant(rng.normal(size=(9, 5)))
-    assert inverse.eigenvalues.shape == (2, 1, 3, 4)
+    assert inverse.eigenvalues.shape == (2, 1, 3, 3)
     statistics = collected(model, MSE(), x, block.observers)
-    dense = layer_block(model, MSE(), x, np.zeros((9, 3)), model.layers[0])
-    a = np.zeros((6, 6))
-    for index, basis in enumerate(inverse.input_basis[:, 0]):
-        a[3 * index : 3 * index + 3, 3 * index : 3 * index + 3] = basis
-    rotation = kron(a, inverse.output_basis[0, 0])
-    expected = np.reshape(np.diag(rotation.T @ dense @ rotation), [6, 4])
-    actual = structure.from_blocks(
-        block._as_eigenvalues(statistics[1].output_factor), block.adapter.structures
-    )
-    assert_close(actual, expected)
+    dense = np.zeros((18, 18))
+    dense[:15, :15] = layer_block(model, MSE(), x, np.zeros((9, 3)), model.layers[1])
+    bases = np.zeros((6, 6))
+    bases[:3, :3], bases[3:, 3:] = inverse.input_basis[:, 0]
+    rotation = kron(bases, inverse.output_basis[0, 0])
+    squares = block._as_eigenvalues(statistics[1].output_factor)
+    actual = np.transpose(squares, [0, 2, 1, 3]).ravel()
+    assert_close(actual, np.diag(rotation.T @ dense @ rotation))
 
 
 # ---- Choice -------------------------------------------------------------------------------------

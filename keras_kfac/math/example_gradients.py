@@ -113,10 +113,12 @@ def _in_chunks(
 ) -> tf.Tensor:
     """Sums what a function makes of some examples at a time: all gradients can be too many."""
     d_in, d_out = inputs.shape[-1], outputs.shape[-1]
-    size, batch = max(1, _CHUNK // (d_in * d_out)), inputs.shape[-3]
+    leading, batch = inputs.shape[:-3], inputs.shape[-3]
+    size = max(1, _CHUNK // (d_in * d_out * max(1, leading.num_elements())))
     if batch is not None and batch <= size:
         return function(inputs, outputs)
-    leading, chunks = inputs.shape[:-3], -(-tf.shape(inputs)[-3] // size)
+    size = tf.minimum(size, tf.shape(inputs)[-3])
+    chunks = -(-tf.shape(inputs)[-3] // size)
 
     def chunk(rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         # What is beyond the last example is gathered as zeros, which add nothing.
@@ -150,7 +152,7 @@ def rotated(rows: tf.Tensor | OneHot, basis: tf.Tensor, structure: Structure) ->
     if structure.blocks == 1:
         # Of groups, each has a basis for all of its examples.
         return tf.matmul(rows, basis[..., tf.newaxis, :, :] if basis.shape.rank > 2 else basis)
-    batch, positions, size = tf.unstack(tf.shape(rows))
-    parts = tf.matmul(structure.parts(tf.reshape(rows, [batch * positions, size])), basis)
+    parts = tf.matmul(structure.parts(tf.reshape(rows, [-1, structure.size])), basis)
     turned = tf.transpose(parts, [1, 0, 2])
-    return tf.reshape(turned, [batch, positions, structure.blocks * structure.block_size])
+    positions = rows.shape[-2] or tf.shape(rows)[-2]
+    return tf.reshape(turned, [-1, positions, structure.blocks * structure.block_size])
