@@ -144,19 +144,22 @@ class FisherMatrix(tf.linalg.LinearOperator):
         """The trace of the matrix, without the matrix.
 
         Args:
-            draws: Number of random vectors of signs.
+            draws: Number of random vectors of signs, at least 2.
             seed: Of these.
 
         Returns:
             An unbiased estimate, and its standard error.
 
+        Raises:
+            ValueError: For fewer draws, which have no error.
+
         Source: Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix".
         """
+        _check_draws(draws)
         bits = tf.random.stateless_uniform([self._size, draws], [seed, 0], 0, 2, tf.int32)
         signs = tf.cast(2 * bits - 1, self.dtype)
         each = tf.reduce_sum(signs * self.matmul(signs), axis=0)
-        error = tf.math.reduce_std(each) / tf.sqrt(scalar(max(draws - 1, 1), self.dtype))
-        return tf.reduce_mean(each), error
+        return _mean_and_error(each)
 
     def largest_eigenvalues(self, count: int = 10, steps: int = 12, seed: int = 0) -> tf.Tensor:
         """The largest eigenvalues, by the block method of Lanczos.
@@ -221,15 +224,18 @@ class FisherMatrix(tf.linalg.LinearOperator):
 
         Returns:
             An unbiased estimate, and its standard error.
+
+        Raises:
+            ValueError: For fewer draws, which have no error.
         """
+        _check_draws(draws)
 
         def each_draw(old: Any, new: Any, index: int) -> tf.Tensor:
             y = old.sample(draws, seed=tf.constant([seed, index]))
             return old.log_prob(y) - new.log_prob(y)
 
         each = self._divergence(steps, each_draw)
-        error = tf.math.reduce_std(each) / scalar((draws - 1) ** 0.5, self.dtype)
-        return tf.reduce_mean(each), error
+        return _mean_and_error(each)
 
     def _divergence(
         self, steps: Sequence[Any], of_positions: Callable[[Any, Any, int], tf.Tensor]
@@ -278,6 +284,17 @@ class FisherMatrix(tf.linalg.LinearOperator):
         back = [_curvature(term, out, u) for term, out, u in zip(self._terms, outputs, along)]
         gradients = tape.gradient(outputs, weights, back, unconnected_gradients="zero")
         return self.flatten(gradients.values()) + scalar(self._damping, self.dtype) * vector
+
+
+def _check_draws(draws: int) -> None:
+    if draws < 2:
+        raise ValueError(f"`draws` must be at least 2. Received: draws={draws!r}")
+
+
+def _mean_and_error(draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The mean, and its standard error."""
+    count = scalar(draws.shape[0] - 1, draws.dtype)
+    return tf.reduce_mean(draws), tf.math.reduce_std(draws) / tf.sqrt(count)
 
 
 def _closed_divergence(old: Any, new: Any, index: int) -> tf.Tensor:

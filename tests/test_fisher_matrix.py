@@ -171,6 +171,14 @@ def test_estimate_of_the_divergence_has_its_error():
     assert errors[0] / errors[1] == pytest.approx(10, rel=0.2)
 
 
+def test_one_draw_has_no_error():
+    fisher, model, _ = fisher_of(LOSSES[0])
+    with pytest.raises(ValueError, match=r"`draws` must be at least 2. Received: draws=1"):
+        fisher.trace_estimate(draws=1)
+    with pytest.raises(ValueError, match=r"`draws` must be at least 2. Received: draws=1"):
+        fisher.kl_estimate([np.zeros(v.shape) for v in model.trainable_variables], draws=1)
+
+
 def test_eigenvalues_that_occur_several_times_are_all_found():
     """Of a dense layer with squared loss, each occurs as often as there are outputs."""
     model = mlp((30, 4))

@@ -414,7 +414,7 @@ class TestLargeLayers:
 
 def kept_bytes(optimizer):
     """What factors and inverses really take."""
-    parts = ("_factor", "_inverse", "_basis", "eigenvalues", "condition_number")
+    parts = ("_factor", "_inverse", "_basis", "eigenvalues", ".damping", "condition_number")
     variables = optimizer.model_variables.items()
     return sum(np.asarray(v).nbytes for name, v in variables if name.endswith(parts))
 
@@ -429,6 +429,14 @@ class TestMemory:
         helpers.fit(model, helpers.vectors())
         assert before.memory == optimizer.coverage().memory == kept_bytes(optimizer)
         assert sorted(row.memory > 0 for row in before) == [False, True, True, True]
+
+    @pytest.mark.parametrize("curvature", ["ekfac", "input", "linear_exact", "diagonal", "full"])
+    def test_of_structures_is_known_too(self, curvature):
+        optimizer = KFAC(curvature=curvature)
+        model = helpers.compiled(helpers.mlp_with_batch_normalization(), optimizer)
+        before = optimizer.attach(model).coverage()
+        helpers.fit(model, helpers.vectors(helpers.BATCH))
+        assert before.memory == kept_bytes(optimizer)
 
     def test_is_stated(self):
         rows = Coverage()
