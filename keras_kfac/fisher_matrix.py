@@ -13,8 +13,9 @@ from keras_kfac.introspection.losses import Score, Term, understood
 from keras_kfac.introspection.observed_losses import observed_losses
 from keras_kfac.introspection.replay import Replay, tangents
 from keras_kfac.introspection.target_curvature import unknown_likelihood
+from keras_kfac.math import spectra
 from keras_kfac.math.likelihood import Likelihood
-from keras_kfac.math.linalg import scalar, symmetrize, with_rank
+from keras_kfac.math.linalg import scalar, with_rank
 
 
 class FisherMatrix(tf.linalg.LinearOperator):
@@ -152,20 +153,14 @@ class FisherMatrix(tf.linalg.LinearOperator):
 
         Raises:
             ValueError: For fewer draws, which have no error.
-
-        Source: Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix".
         """
         _check_draws(draws)
-        bits = tf.random.stateless_uniform([self._size, draws], [seed, 0], 0, 2, tf.int32)
-        signs = tf.cast(2 * bits - 1, self.dtype)
-        each = tf.reduce_sum(signs * self.matmul(signs), axis=0)
-        return _mean_and_error(each)
+        return spectra.trace_estimate(self, draws, seed)
 
     def largest_eigenvalues(self, count: int = 10, steps: int = 12, seed: int = 0) -> tf.Tensor:
-        """The largest eigenvalues, by the block method of Lanczos.
+        """The largest eigenvalues, each as often as it occurs, by the block method of Lanczos.
 
-        Blocks are as wide as the number of eigenvalues, so that none is missed that occurs several
-        times. Where the blocks would fill the space, the matrix is formed instead.
+        Where the blocks would fill the space, the matrix is formed instead.
 
         Args:
             count: How many.
@@ -174,30 +169,8 @@ class FisherMatrix(tf.linalg.LinearOperator):
 
         Returns:
             `[count]`, falling.
-
-        Source: Golub & Van Loan (2013), "Matrix Computations", section 10.3.6, with complete
-        reorthogonalisation.
         """
-        if count * steps >= self._size:
-            return self._falling_eigenvalues(self.to_dense())[:count]
-        start = tf.random.stateless_normal([self._size, count], [seed, 1], dtype=self.dtype)
-        blocks = [tf.linalg.qr(start).q]
-        for _ in range(steps - 1):
-            new = self.matmul(blocks[-1])
-            # Once leaves rounding errors that grow; and what is nothing but these, because the
-            # blocks hold all that there is, has to be made orthogonal after it is scaled up.
-            for _ in range(3):
-                for block in blocks:
-                    new -= tf.matmul(block, tf.matmul(block, new, transpose_a=True))
-                new = tf.linalg.qr(new).q
-            blocks.append(new)
-        basis = tf.concat(blocks, axis=1)
-        small = tf.matmul(basis, self.matmul(basis), transpose_a=True)
-        return self._falling_eigenvalues(small)[:count]
-
-    @staticmethod
-    def _falling_eigenvalues(matrix: tf.Tensor) -> tf.Tensor:
-        return tf.reverse(tf.linalg.eigvalsh(symmetrize(matrix)), [0])
+        return spectra.largest_eigenvalues(self, count, steps, seed)
 
     def kl_divergence(self, steps: Sequence[Any]) -> tf.Tensor:
         """`KL(r_θ ‖ r_θ+δ)` of the predictions, scaled and averaged as the loss is.
@@ -235,7 +208,7 @@ class FisherMatrix(tf.linalg.LinearOperator):
             return old.log_prob(y) - new.log_prob(y)
 
         each = self._divergence(steps, each_draw)
-        return _mean_and_error(each)
+        return spectra.mean_and_error(each)
 
     def _divergence(
         self, steps: Sequence[Any], of_positions: Callable[[Any, Any, int], tf.Tensor]
@@ -289,12 +262,6 @@ class FisherMatrix(tf.linalg.LinearOperator):
 def _check_draws(draws: int) -> None:
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2. Received: draws={draws!r}")
-
-
-def _mean_and_error(draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The mean, and its standard error."""
-    count = scalar(draws.shape[0] - 1, draws.dtype)
-    return tf.reduce_mean(draws), tf.math.reduce_std(draws) / tf.sqrt(count)
 
 
 def _closed_divergence(old: Any, new: Any, index: int) -> tf.Tensor:
