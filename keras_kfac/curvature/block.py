@@ -94,8 +94,8 @@ class KroneckerBlock:
             add_variable(name, shape, dtype, initial)
             for name, (shape, initial) in zip(inverse_type._fields, _start(adapter, inverse_type))
         ]
-        self.failed_refreshes = add_variable("failed_refreshes", (), "int32")
-        self.refreshes = add_variable("refreshes", (), "int32")
+        self.failed_refreshes = add_variable("failed_refreshes", (), "int64")
+        self.refreshes = add_variable("refreshes", (), "int64")
         self.staleness = add_variable("staleness", (), dtype)
 
     def join(self, blocks: "Sequence[KroneckerBlock]") -> None:
@@ -177,8 +177,8 @@ class KroneckerBlock:
         self.staleness.assign(tf.where(finite, change, self.staleness))
         for variable, before, part in zip(self._inverse, old, inverse):
             variable.assign(tf.where(finite, part, before))
-        self.refreshes.assign_add(tf.cast(finite, tf.int32))
-        self.failed_refreshes.assign_add(tf.cast(~finite, tf.int32))
+        self.refreshes.assign_add(tf.cast(finite, tf.int64))
+        self.failed_refreshes.assign_add(tf.cast(~finite, tf.int64))
 
     @property
     def inverse(self) -> Inverse:
