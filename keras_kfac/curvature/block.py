@@ -39,7 +39,7 @@ class KroneckerBlock:
     """Moving averages of a layer's factors `A` and `G`, and inverses of their damped values.
 
     `update` and `refresh` are separate because they run on different schedules; *when* they run is
-    not the block's business. Other structures of curvature are subclasses: see `structures.py`.
+    not the block's business. Other structures of curvature are subclasses: see `choice.py`.
 
     Args:
         adapter: The layer.
@@ -57,6 +57,9 @@ class KroneckerBlock:
         staleness: Relative change of the inverse in the last successful refresh.
     """
 
+    kind: str | None = None  # What it is called in `coverage()`; as the adapter says, if `None`.
+    replaces_exact = False  # Whether it is for layers, too, that have an exact block as they are.
+
     @classmethod
     def unsuitable(cls, adapter: LayerAdapter) -> str | None:
         """Why the structure can't be had for a layer; `None` if it can."""
@@ -70,7 +73,7 @@ class KroneckerBlock:
             adapter: The layer.
             inverse_type: As the user would like it damped, if there is a choice.
         """
-        return BlockPlan(cls, adapter, inverse_type, adapter.block)
+        return BlockPlan(cls, adapter, inverse_type, cls.kind or adapter.block)
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from keras_kfac.curvature.exact import DiagonalBlock, FullBlock
 from keras_kfac.curvature.input_only import InputBlock
 from keras_kfac.curvature.linear_exact import LinearExactBlock
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path
+from keras_kfac.introspection.per_example import ExactAdapter
 
 STRUCTURES: dict[str, type[KroneckerBlock]] = {
     "kfac": KroneckerBlock,
@@ -64,9 +65,12 @@ class CurvatureChoice:
                 f"A function as `curvature` must return one of {list(STRUCTURES)} or None. "
                 f"Received: {name!r} for layer {layer_path(adapter.layer)!r}"
             )
-        reason = STRUCTURES[name].unsuitable(adapter)
+        block = STRUCTURES[name]
+        if isinstance(adapter, ExactAdapter) and not block.replaces_exact:
+            return STRUCTURES[KFAC], ""
+        reason = block.unsuitable(adapter)
         if reason is None:
-            return STRUCTURES[name], ""
+            return block, ""
         if is_own:
             raise ValueError(
                 f"`curvature` can't be {name!r} for a {type(adapter.layer).__name__}: {reason}. "

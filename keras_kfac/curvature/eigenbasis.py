@@ -11,8 +11,10 @@ import tensorflow as tf
 
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
 from keras_kfac.introspection.adapters import LayerAdapter
-from keras_kfac.introspection.example_gradients import RotatedSquaresAdapter
-from keras_kfac.introspection.per_example import ExactAdapter
+from keras_kfac.introspection.example_gradients import (
+    RotatedSquaresAdapter,
+    reason_without_pairs,
+)
 from keras_kfac.introspection.statistics import LayerStatistics
 from keras_kfac.math.inverses import ExactInverse, Inverse
 from keras_kfac.math.linalg import is_finite
@@ -31,19 +33,17 @@ class EigenbasisBlock(KroneckerBlock):
     old approximation has in the new bases, so that it forgets nothing; at first, that of K-FAC.
     """
 
+    kind = "ekfac"
+
     @classmethod
     def unsuitable(cls, adapter: LayerAdapter) -> str | None:
         """Why the structure can't be had for a layer; `None` if it can."""
-        if adapter.has_row_pairs or isinstance(adapter, ExactAdapter):
-            return None
-        return "it needs gradients of single examples as products of rows"
+        return reason_without_pairs(adapter)
 
     @classmethod
     def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> BlockPlan:
         """What to build for a layer that it suits: damped exactly in any case."""
-        if isinstance(adapter, ExactAdapter):  # Which is better still.
-            return KroneckerBlock.plan(adapter, inverse_type)
-        return BlockPlan(cls, adapter, ExactInverse, "ekfac")
+        return super().plan(adapter, ExactInverse)
 
     @property
     def observers(self) -> Sequence[LayerAdapter]:

@@ -9,7 +9,10 @@ import math
 
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
 from keras_kfac.introspection.adapters import LayerAdapter
-from keras_kfac.introspection.example_gradients import ExampleGradientsAdapter
+from keras_kfac.introspection.example_gradients import (
+    ExampleGradientsAdapter,
+    reason_without_pairs,
+)
 from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.math.inverses import Inverse
 
@@ -17,14 +20,13 @@ from keras_kfac.math.inverses import Inverse
 class FullBlock(KroneckerBlock):
     """`(F + λ I)⁻¹`, of the Fisher matrix `F` of all weights of the layer: nothing approximated."""
 
+    replaces_exact = True
     max_full_block: float = math.inf
 
     @classmethod
     def unsuitable(cls, adapter: LayerAdapter) -> str | None:
         """Why the structure can't be had for a layer; `None` if it can."""
-        if adapter.has_row_pairs or isinstance(adapter, ExactAdapter):
-            return None
-        return "it needs gradients of single examples as products of rows"
+        return None if isinstance(adapter, ExactAdapter) else reason_without_pairs(adapter)
 
     @classmethod
     def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> BlockPlan:
@@ -33,7 +35,7 @@ class FullBlock(KroneckerBlock):
             adapter.max_full_block = cls.max_full_block
         else:
             adapter = ExampleGradientsAdapter(adapter, cls.max_full_block)
-        return BlockPlan(cls, adapter, inverse_type, adapter.block)
+        return super().plan(adapter, inverse_type)
 
 
 class DiagonalBlock(FullBlock):

@@ -7,12 +7,13 @@ second-order optimization", arXiv:2201.12250 (FOOF).
 
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
 from keras_kfac.introspection.adapters import LayerAdapter
-from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.math.inverses import Inverse
 
 
 class InputBlock(KroneckerBlock):
     """`(A + λ/g I)⁻¹ ⊗ I/g` with the mean eigenvalue `g` of the output factor."""
+
+    kind = "input"
 
     @classmethod
     def unsuitable(cls, adapter: LayerAdapter) -> str | None:
@@ -24,7 +25,5 @@ class InputBlock(KroneckerBlock):
     @classmethod
     def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> BlockPlan:
         """What to build for a layer that it suits."""
-        if isinstance(adapter, ExactAdapter):  # A few scales and offsets, with no input factor.
-            return KroneckerBlock.plan(adapter, inverse_type)
         adapter.has_isotropic_outputs = True
-        return BlockPlan(cls, adapter, inverse_type, "input")
+        return super().plan(adapter, inverse_type)

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
-from keras_kfac.introspection.adapters import LayerAdapter
-from keras_kfac.introspection.per_example import ExactAdapter
-from keras_kfac.math.inverses import Inverse
+from keras_kfac.curvature.block import KroneckerBlock
 
 
 class LinearExactBlock(KroneckerBlock):
@@ -23,12 +20,7 @@ class LinearExactBlock(KroneckerBlock):
     long.
     """
 
-    @classmethod
-    def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> BlockPlan:
-        """What to build for a layer that it suits."""
-        if isinstance(adapter, ExactAdapter):  # Scales and offsets are no linear layer.
-            return KroneckerBlock.plan(adapter, inverse_type)
-        return BlockPlan(cls, adapter, inverse_type, "linear_exact")
+    kind = "linear_exact"
 
     def join(self, blocks: Sequence[KroneckerBlock]) -> None:
         """Counts them."""

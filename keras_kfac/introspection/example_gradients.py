@@ -14,6 +14,13 @@ from keras_kfac.math import example_gradients as math_of
 from keras_kfac.math.structure import Structure, Structures
 
 
+def reason_without_pairs(adapter: LayerAdapter) -> str | None:
+    """Why gradients of single examples can't be had; `None` if they can."""
+    if adapter.has_row_pairs:
+        return None
+    return "it needs gradients of single examples as products of rows"
+
+
 class ExampleGradientsAdapter(ExactAdapter):
     """The weights of another adapter, whose gradients for an example are sums over row pairs.
 
