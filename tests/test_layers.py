@@ -164,7 +164,7 @@ class TestScalesAndOffsets:
     )
     @pytest.mark.parametrize("case", SCALES, ids=str)
     def test_equal_the_ggn(self, case, is_full, frozen, monkeypatch):
-        monkeypatch.setattr(per_example, "MAX_FULL_BLOCK", 256 if is_full else 0)
+        monkeypatch.setattr(per_example.ExactAdapter, "max_full_block", 256 if is_full else 0)
         model, layer = in_network(case)
         if frozen is not None:
             if len(layer.trainable_weights) < 2:
@@ -188,7 +188,7 @@ class TestScalesAndOffsets:
     @pytest.mark.parametrize("name", ["batch-pixels", "layer-axes", "prelu-shared"])
     def test_trains(self, name, is_full, monkeypatch):
         (case,) = [case for case in SCALES if case.name == name]
-        monkeypatch.setattr(per_example, "MAX_FULL_BLOCK", 256 if is_full else 0)
+        monkeypatch.setattr(per_example.ExactAdapter, "max_full_block", 256 if is_full else 0)
         model, layer = in_network(case)
         x = RNG.normal(size=(8, *case.input_shape))
         y = RNG.normal(size=model(x).shape)

@@ -48,12 +48,14 @@ def test_solves_the_damped_normal_equations(count, damping):
     model, points = network(), tf.constant(RNG.normal(size=(count, 2)))
     residuals = laplace_residuals(model, points)
     found = natural_gradient(residuals, model.trainable_variables, damping)
-    with tf.GradientTape() as tape:
-        r = tf.concat([tf.reshape(part, [-1]) for part in tf.nest.flatten(residuals())], axis=0)
+    with tf.GradientTape(persistent=True) as tape:
+        parts = [tf.reshape(part, [-1]) for part in tf.nest.flatten(residuals())]
+        r = tf.concat(parts, axis=0)
     sources = [v.value for v in model.trainable_variables]
     each = tape.jacobian(
         r, sources, experimental_use_pfor=False, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
+    r = r.numpy()
     j = np.concatenate([np.reshape(part, [len(r), -1]) for part in each], axis=1)
     assert_close(found.loss, 0.5 * np.sum(np.square(r)))
     assert_close(flat(found.gradients), j.T @ r)
@@ -89,7 +91,9 @@ def test_works_in_graphs(jit_compile):
         lambda: natural_gradient(residuals, variables, 0.1), jit_compile=jit_compile
     )
     eager = natural_gradient(residuals, variables, 0.1)
-    assert_close(flat(compiled().directions), flat(eager.directions), 1e-8)
+    # XLA's hyperbolic tangent is another one, in the seventh digit.
+    rtol = 1e-5 if jit_compile else 1e-10
+    assert_close(flat(compiled().directions), flat(eager.directions), rtol)
 
 
 def test_does_not_depend_on_how_the_network_is_written_down():

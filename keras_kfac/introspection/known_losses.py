@@ -1,6 +1,7 @@
 """The predictive distributions behind Keras's losses."""
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -131,7 +132,9 @@ def only_loss(model: keras.Model) -> tuple[Any, float]:
         return None, 1.0
     loss = model.loss
     losses = tf.nest.flatten(loss) if isinstance(loss, (list, tuple, dict)) else [loss]
-    with tf.init_scope():  # Serialising reads variables, which a graph can't.
+    # Serialising reads variables, which a graph can't, and warns of functions that are not saved.
+    with tf.init_scope(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         config = model.get_compile_config() or {}
     weights = tf.nest.flatten(config.get("loss_weights"))
     weight = 1.0 if len(weights) != 1 or weights[0] is None else float(weights[0])
