@@ -143,7 +143,7 @@ class Task:
         inside, edge = self._inside, self._edge
         left = self._equation.left(inside, *derivatives(self.model, inside))
         missing = self.model(edge) - self._equation.solution(edge)
-        return [part / len(part) ** 0.5 for part in (left, missing)]
+        return [part / part.shape[0] ** 0.5 for part in (left, missing)]
 
     def loss(self) -> tf.Tensor:
         """Half the sum of their squares."""

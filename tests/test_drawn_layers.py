@@ -52,7 +52,7 @@ def test_normalizations(case, largest):
     """Exact in any network, in full or on the diagonal."""
     model, layer = oracle.in_network(case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(per_example, "MAX_FULL_BLOCK", largest)
+        patch.setattr(per_example.ExactAdapter, "max_full_block", largest)
         oracle.check_examples_equal_ggn(model, layer, oracle.random_inputs(model, 4))
 
 
