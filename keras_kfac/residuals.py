@@ -34,8 +34,8 @@ def natural_gradient(
     domain, and of its boundary conditions. The Fisher matrix is that of residuals with independent
     normal noise of variance 1, `Jᵀ J` with the Jacobian `J` of the residuals: nothing is
     approximated, so this is for networks of some thousand weights, or of some thousand residuals:
-    the smaller of `J Jᵀ` and `Jᵀ J` is decomposed. In float64 such a step gets solutions that first
-    order methods do not come near.
+    the smaller of `J Jᵀ` and `Jᵀ J` is decomposed. The Jacobian takes a pass backwards for each
+    residual, all of them at once, with as much memory.
 
     Works eagerly, in a `tf.function`, and under XLA.
 
