@@ -5,6 +5,7 @@ descent in a Kronecker-factored eigenbasis", arXiv:1806.03884.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import keras
 import tensorflow as tf
@@ -56,7 +57,8 @@ class EigenbasisBlock(KroneckerBlock):
         self, statistics: Sequence[LayerStatistics], examples: tf.Tensor, decay: tf.Tensor
     ) -> None:
         """Includes the statistics of a batch in the moving averages, unless they are not finite."""
-        old, variable = self.inverse.eigenvalues, self._eigenvalues
+        variable = self._eigenvalues
+        old = tf.convert_to_tensor(variable)
         squares = self._as_eigenvalues(statistics[1].output_factor)
         average, _ = weighted_average(
             old,
@@ -72,8 +74,7 @@ class EigenbasisBlock(KroneckerBlock):
 
     def invert(self, damping: tf.Tensor) -> ExactInverse:
         """The inverse in the eigenbases of the factors as they are now."""
-        new: ExactInverse = super().invert(damping)
-        old: ExactInverse = self.inverse
+        new, old = cast(ExactInverse, super().invert(damping)), cast(ExactInverse, self.inverse)
         values = tf.where(
             self._is_refreshed, old.diagonal_in(new, old.eigenvalues), new.eigenvalues
         )

@@ -147,7 +147,7 @@ def rotated(rows: tf.Tensor | OneHot, basis: tf.Tensor, structure: Structure) ->
     Returns:
         `[..., batch, positions, blocks * b]`.
     """
-    if structure.is_diagonal or structure.is_isotropic:
+    if isinstance(rows, OneHot) or structure.is_diagonal or structure.is_isotropic:
         return rows
     if structure.blocks == 1:
         # Of groups, each has a basis for all of its examples.

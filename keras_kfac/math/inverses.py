@@ -145,7 +145,7 @@ class ExactInverse(NamedTuple):
         a, g = (_overlaps(new, old) for new, old in zip(other[:2], self[:2]))
         return right_product(left_product(a, values), g, transpose=True)
 
-    def inner_product(self, other: Self) -> tf.Tensor:
+    def inner_product(self, other: Any) -> tf.Tensor:
         """Trace of the product with another such inverse, scalar."""
         turned = other.diagonal_in(self, other._inverted())
         return tf.reduce_sum(self._inverted() * turned)
