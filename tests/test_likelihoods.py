@@ -79,6 +79,24 @@ def test_draws_compile(name):
     assert np.isfinite(compiled(outputs)).all()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("gamma", "multinomial") else pytest.param(n, marks=pytest.mark.slow) for n in ALL],
+)
+def test_closed_forms_compile(name):
+    """To the digits that XLA's special functions have."""
+    likelihood = Likelihood(ALL[name].make)
+    outputs, direction = (
+        tf.constant(RNG.uniform(-0.5, 0.5, (4, ALL[name].width))) for _ in range(2)
+    )
+
+    def products(outputs):
+        return likelihood.curvature_products(outputs, [direction], SEED)[0, 0]
+
+    compiled = tf.function(products, jit_compile=True)
+    assert_close(compiled(outputs), products(outputs), 1e-5)
+
+
 def mixture(outputs):
     """Of two normal distributions."""
     means, log_scales, logits = tf.split(outputs, 3, axis=-1)

@@ -188,6 +188,15 @@ def test_mode_computes_what_plain_fit_computes(mode: Mode) -> None:
     helpers.assert_same(helpers.weights(model), expected, rtol=1e-10, atol=1e-11)
 
 
+def test_mixed_float16_computes_what_float32_does_to_its_precision() -> None:
+    """The steps, with the loss scaled by 2¹⁵ on the way."""
+    mode, start = Mode(optimizer={"fisher": "exact"}), helpers.weights(helpers.cnn())
+    half, single = (helpers.weights(mode.run(p)) for p in ("mixed_float16", "float32"))
+    for before, a, b in zip(start, half, single):
+        difference = np.linalg.norm(a - b) / np.linalg.norm(b - before)
+        assert 0 < difference < 0.03
+
+
 @functools.cache
 def adaptive_fit_in_float64(fisher: str) -> list[np.ndarray]:
     mode = Mode(optimizer={**helpers.ADAPTIVE, "fisher": fisher})
