@@ -7,7 +7,6 @@ several affine maps has one for each. Outputs are those before the layer's activ
 """
 
 import abc
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
 from keras_kfac.math.example_gradients import OneHot
 from keras_kfac.math.linalg import RowPairs, some_rows
+from keras_kfac.math.rows import masked_moment, rows_of_positions, stretched
 from keras_kfac.math.structure import Structure, Structures
 
 Gradients = dict[int, tf.Tensor]
@@ -261,7 +261,7 @@ class AffineAdapter(LayerAdapter):
         """The second moment of the input rows, and its weight."""
         rows = self.input_rows(tf.cast(inputs, dtype))
         if self.reduces:
-            masks = [_stretched(mask, rows) for mask in observed]
+            masks = [stretched(mask, rows) for mask in observed]
             rows, example_weights = factors.mean_rows(rows, example_weights, *masks)
             observed = ()
         return masked_moment(rows, example_weights, observed, self.structures[0])
@@ -342,39 +342,6 @@ class AffineAdapter(LayerAdapter):
 
     def _ungroup(self, matrix: tf.Tensor) -> tf.Tensor:
         return matrix if self.groups is None else tf.transpose(matrix, [1, 0, 2])
-
-
-def masked_moment(
-    rows: tf.Tensor,
-    example_weights: tf.Tensor | None,
-    masks: Sequence[tf.Tensor],
-    structure: Structure,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """`factors.input_moment` of the positions that count.
-
-    Args:
-        rows: `[..., batch, positions, d]`.
-        example_weights: `[batch]`, or `None`.
-        masks: None, or one `[batch, steps]`. Steps may consist of several positions each.
-        structure: What to compute of the matrix.
-    """
-    weights = example_weights
-    for mask in masks:
-        weights = factors.row_weights(weights, _stretched(mask, rows))
-    return factors.input_moment(rows, weights, structure)
-
-
-def _stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """A mask for steps that consist of several positions each: `[batch, positions]`."""
-    return tf.repeat(mask, tf.shape(rows)[-2] // tf.shape(mask)[1], axis=1)
-
-
-def rows_of_positions(tensor: tf.Tensor) -> tf.Tensor:
-    """`[batch, ..., features]` to `[batch, positions, features]`."""
-    if tensor.shape.rank == 2:
-        return tensor[:, tf.newaxis, :]
-    positions = -1 if None in tensor.shape[1:-1] else math.prod(tensor.shape[1:-1])
-    return tf.reshape(tensor, [tf.shape(tensor)[0], positions, tensor.shape[-1]])
 
 
 class DenseAdapter(AffineAdapter):

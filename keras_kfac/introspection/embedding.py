@@ -9,14 +9,13 @@ import tensorflow as tf
 from keras_kfac.introspection.adapters import (
     Gradients,
     LayerAdapter,
-    masked_moment,
-    rows_of_positions,
 )
 from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
 from keras_kfac.math.example_gradients import OneHot
 from keras_kfac.math.kronecker import product_for_sum
 from keras_kfac.math.linalg import Gradient
+from keras_kfac.math.rows import masked_moment, rows_of_positions
 from keras_kfac.math.structure import Structure, Structures
 
 

@@ -13,12 +13,11 @@ from keras_kfac.introspection.adapters import (
     Gradients,
     LayerAdapter,
     layer_path,
-    masked_moment,
-    rows_of_positions,
 )
 from keras_kfac.introspection.forward_pass import LayerCall, instance_attribute
 from keras_kfac.introspection.recurrent_steps import Steps, steps_of
 from keras_kfac.math import patches
+from keras_kfac.math.rows import masked_moment, rows_of_positions
 
 layers = keras.layers
 

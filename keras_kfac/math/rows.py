@@ -1,0 +1,42 @@
+"""Tensors as rows `[batch, positions, features]`, and which of these count."""
+
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from keras_kfac.math import factors
+from keras_kfac.math.structure import Structure
+
+
+def masked_moment(
+    rows: tf.Tensor,
+    example_weights: tf.Tensor | None,
+    masks: Sequence[tf.Tensor],
+    structure: Structure,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`factors.input_moment` of the positions that count.
+
+    Args:
+        rows: `[..., batch, positions, d]`.
+        example_weights: `[batch]`, or `None`.
+        masks: None, or one `[batch, steps]`. Steps may consist of several positions each.
+        structure: What to compute of the matrix.
+    """
+    weights = example_weights
+    for mask in masks:
+        weights = factors.row_weights(weights, stretched(mask, rows))
+    return factors.input_moment(rows, weights, structure)
+
+
+def stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """A mask for steps that consist of several positions each: `[batch, positions]`."""
+    return tf.repeat(mask, tf.shape(rows)[-2] // tf.shape(mask)[1], axis=1)
+
+
+def rows_of_positions(tensor: tf.Tensor) -> tf.Tensor:
+    """`[batch, ..., features]` to `[batch, positions, features]`."""
+    if tensor.shape.rank == 2:
+        return tensor[:, tf.newaxis, :]
+    positions = -1 if None in tensor.shape[1:-1] else math.prod(tensor.shape[1:-1])
+    return tf.reshape(tensor, [tf.shape(tensor)[0], positions, tensor.shape[-1]])
