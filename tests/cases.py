@@ -265,7 +265,7 @@ def collected(
     likelihood=None,
 ):
     """What some adapters see of one batch."""
-    adapted = {id(a.layer): a.layer for a in adapters}.values()
+    adapted = {id(layer): layer for a in adapters for layer in a.layers}.values()
     whole = {id(a.layer) for a in adapters if a.with_activation}
     around = _keras_internals.flatten_layers(model)
     with forward_pass.recording(adapted, whole, around) as recorded:

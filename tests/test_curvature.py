@@ -302,7 +302,7 @@ class TestChoice:
     @pytest.mark.parametrize("name", STRUCTURES)
     def test_for_all(self, name):
         expected = "kronecker" if name == "kfac" else name
-        scales = "diagonal" if name == "diagonal" else "full"
+        scales = name if name in ("diagonal", "dense") else "full"
         blocks = {"hidden": expected, "norm": scales, "unknown": "fallback", "logits": expected}
         assert blocks_of(name) == blocks
 
@@ -334,7 +334,7 @@ class TestChoice:
         inputs = keras.Input((4,), dtype="int32")
         return keras.Model(inputs, table(layers.Dense(3)(table(inputs)), reverse=True))
 
-    @pytest.mark.parametrize("name", ["ekfac", "input", "diagonal", "full"])
+    @pytest.mark.parametrize("name", ["ekfac", "input", "diagonal", "full", "dense"])
     def test_layer_that_cannot_have_it_has_kfac_and_says_so(self, name):
         optimizer = KFAC(curvature=name).attach(helpers.compiled(self.tied()))
         (row,) = [r for r in optimizer.coverage() if r.layer.endswith("table")]
@@ -365,7 +365,7 @@ class TestChoice:
         with pytest.raises(ValueError, match=r"must return one of .*Received: 'adam' for layer"):
             blocks_of(lambda layer: "adam")
 
-    @pytest.mark.parametrize("name", ["ekfac", "diagonal", "full", {"hidden": "ekfac"}])
+    @pytest.mark.parametrize("name", ["ekfac", "diagonal", "full", "dense", {"hidden": "ekfac"}])
     def test_without_gradients_there_are_no_squares(self, name):
         with pytest.raises(ValueError, match=r"forward_only' has no gradients.*Received"):
             KFAC(curvature=name, fisher="forward_only")

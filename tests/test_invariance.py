@@ -169,6 +169,10 @@ class TestStructures:
             ("linear_exact", "affine", 0.0),
             ("full", "affine", 0.0),
             ("full", "orthogonal", 1e-3),
+            ("dense", "affine", 0.0),
+            ("dense", "orthogonal", 1e-3),
+            ("tridiagonal", "affine", 0.0),
+            ("tridiagonal", "orthogonal", 1e-3),
         ],
     )
     def test_is_invariant(self, curvature, kind, damping):
@@ -185,6 +189,8 @@ class TestStructures:
             ("diagonal", "orthogonal", 0.0),
             ("diagonal", "scales", 1e-1),
             ("full", "affine", 1e-1),
+            ("dense", "affine", 1e-1),
+            ("tridiagonal", "affine", 1e-1),
         ],
     )
     def test_is_not_invariant(self, curvature, kind, damping):

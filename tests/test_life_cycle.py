@@ -154,6 +154,11 @@ VARIANTS: dict[str, tuple[Callable[[], keras.Model], dict[str, Any], str]] = {
         {"curvature": {"hidden": "input", "logits": "diagonal", "norm": "full"}},
         "float32",
     ),
+    "joint": (
+        helpers.mlp_with_batch_normalization,
+        {"curvature": {"hidden": "tridiagonal", "logits": "tridiagonal", "norm": "dense"}},
+        "float32",
+    ),
     "preconditioner": (
         helpers.mlp,
         {

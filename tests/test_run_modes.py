@@ -121,7 +121,7 @@ MODES = {
         f"{name}{'_jit' * jit}": Mode(
             compile={"jit_compile": jit}, optimizer={**helpers.ADAPTIVE, "curvature": name}
         )
-        for name in ("ekfac", "input", "linear_exact", "diagonal", "full")
+        for name in ("ekfac", "input", "linear_exact", "diagonal", "full", "dense")
         for jit in (False, True)
     },
     "ekfac_mixed_float16": Mode(policy="mixed_float16", optimizer={"curvature": "ekfac"}),
@@ -157,6 +157,7 @@ SLOW = (
     "linear_exact_jit",
     "diagonal_jit",
     "full_jit",
+    "dense_jit",
 )
 
 

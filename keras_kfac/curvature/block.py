@@ -12,7 +12,7 @@ from keras_kfac.curvature.regularization import mean_l2_coefficient
 from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import LayerStatistics
-from keras_kfac.math.inverses import Inverse, Start, relative_change
+from keras_kfac.math.inverses import Inverse, Part, Shape, relative_change
 from keras_kfac.math.linalg import (
     Gradient,
     RowPairs,
@@ -28,6 +28,9 @@ from keras_kfac.math.structure import aligned, aligned_shapes, from_blocks, to_b
 
 AddVariable = Callable[..., keras.Variable]
 """Creates a variable: `(name, shape, dtype, initializer="zeros")`."""
+
+Parts = dict[str, Part]
+"""Shapes and initial values of tensors by name."""
 
 
 # Two ways to add up a gradient agree to this, relative to its norm, in float32.
@@ -58,6 +61,7 @@ class KroneckerBlock:
     """
 
     kind: str | None = None  # What it is called in `coverage()`; as the adapter says, if `None`.
+    is_joint = False  # Whether there is one block for all layers that have the structure.
     replaces_exact = False  # Whether it is for layers, too, that have an exact block as they are.
 
     @classmethod
@@ -75,6 +79,30 @@ class KroneckerBlock:
         """
         return BlockPlan(cls, adapter, inverse_type, cls.kind or adapter.block)
 
+    @classmethod
+    def merged(cls, plans: "Sequence[BlockPlan]", model: keras.Model) -> "BlockPlan":
+        """One block for all layers that have the structure, which `is_joint`.
+
+        Args:
+            plans: Those of each layer, in the order of the model.
+            model: The model.
+
+        Raises:
+            ValueError: If these layers can't have it together.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def averages(cls, adapter: LayerAdapter) -> dict[str, Shape]:
+        """Names and shapes of the moving averages: factors of each observer, one by one."""
+        return dict(zip(("input_factor", "output_factor"), adapter.factor_shapes))
+
+    @classmethod
+    def inverse_parts(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> Parts:
+        """Names, shapes and initial values of the parts of the inverse: those of the identity."""
+        shapes = aligned_shapes(adapter.factor_shapes, adapter.structures)
+        return dict(zip(inverse_type._fields, inverse_type.start(*shapes)))
+
     def __init__(
         self,
         adapter: LayerAdapter,
@@ -86,16 +114,16 @@ class KroneckerBlock:
         self._product_dtype = product_dtype
         self._l2 = mean_l2_coefficient(adapter.variables)
         dtype = adapter.variables[0].dtype
-        shapes = adapter.factor_shapes
-        self.input_factor = add_variable("input_factor", shapes[0], dtype)
-        self.output_factor = add_variable("output_factor", shapes[1], dtype)
+        averages = self.averages(adapter).items()
+        self._averages = [add_variable(name, shape, dtype) for name, shape in averages]
+        self.input_factor, self.output_factor = self._averages[:2]
         self.weight = add_variable("factor_weight", (), dtype)
         self._inverse_type = inverse_type
         self._structures = adapter.structures
         # The identity until the first refresh succeeds: the block then passes the gradient on.
         self._inverse = [
             add_variable(name, shape, dtype, initial)
-            for name, (shape, initial) in zip(inverse_type._fields, _start(adapter, inverse_type))
+            for name, (shape, initial) in self.inverse_parts(adapter, inverse_type).items()
         ]
         self.failed_refreshes = add_variable("failed_refreshes", (), "int64")
         self.refreshes = add_variable("refreshes", (), "int64")
@@ -119,12 +147,12 @@ class KroneckerBlock:
             examples: Number of examples.
             decay: Of the moving averages.
         """
-        new_factors = (statistics[0].input_factor, statistics[0].output_factor)
+        new_factors = tf.nest.flatten(statistics)[: len(self._averages)]
         weight = tf.convert_to_tensor(self.weight)
         new_weight = weight
         # Not a branch: one for each block takes seconds to trace.
         finite = tf.reduce_all([is_finite(factor) for factor in new_factors])
-        for variable, new in zip((self.input_factor, self.output_factor), new_factors):
+        for variable, new in zip(self._averages, new_factors):
             old = tf.convert_to_tensor(variable)
             average, new_weight = weighted_average(
                 old,
@@ -154,12 +182,12 @@ class KroneckerBlock:
         copies = math.prod(structure.copies for structure in self._structures)
         return copies * tf.reduce_sum(trace(a) * trace(g))
 
-    def spectrum(self, damping: tf.Tensor) -> LayerSpectrum:
-        """The eigenvalues of the factors as they are now."""
+    def spectra(self, damping: tf.Tensor) -> list[LayerSpectrum]:
+        """The eigenvalues of the factors as they are now, for each layer."""
         each = aligned(self._factors(), self._structures)
         values = (f if is_diagonal(f) else tf.linalg.eigvalsh(f) for f in each)
         a, g = (np.repeat(v, s.copies, axis=-1) for v, s in zip(values, self._structures))
-        return LayerSpectrum(self.adapter.path, a, g, float(damping) + float(self._l2))
+        return [LayerSpectrum(self.adapter.path, a, g, float(damping) + float(self._l2))]
 
     def _factors(self) -> list[tf.Tensor]:
         """Those that the block is the product of."""
@@ -174,11 +202,11 @@ class KroneckerBlock:
 
     def keep(self, inverse: Inverse) -> None:
         """Keeps an inverse for the next steps; the previous one if it is not finite."""
-        finite = tf.reduce_all([is_finite(part) for part in inverse])
-        old = self.inverse
+        old, parts = self.inverse, tf.nest.flatten(inverse)
+        finite = tf.reduce_all([is_finite(part) for part in parts])
         change = relative_change(old, inverse)
         self.staleness.assign(tf.where(finite, change, self.staleness))
-        for variable, before, part in zip(self._inverse, old, inverse):
+        for variable, before, part in zip(self._inverse, tf.nest.flatten(old), parts):
             variable.assign(tf.where(finite, part, before))
         self.refreshes.assign_add(tf.cast(finite, tf.int64))
         self.failed_refreshes.assign_add(tf.cast(~finite, tf.int64))
@@ -255,11 +283,7 @@ class BlockPlan(NamedTuple):
     def memory(self) -> int:
         """Bytes that the block keeps."""
         adapter = self.adapter
-        inverse = [shape for shape, _ in _start(adapter, self.inverse_type)]
-        numbers = sum(math.prod(shape) for shape in (*adapter.factor_shapes, *inverse))
+        parts = self.block_type.inverse_parts(adapter, self.inverse_type).values()
+        shapes = [*self.block_type.averages(adapter).values(), *(shape for shape, _ in parts)]
+        numbers = sum(map(math.prod, shapes))
         return tf.as_dtype(adapter.variables[0].dtype).size * numbers
-
-
-def _start(adapter: LayerAdapter, inverse_type: type[Inverse]) -> Start:
-    """Shapes and initial values of the parts of the inverse."""
-    return inverse_type.start(*aligned_shapes(adapter.factor_shapes, adapter.structures))

@@ -7,10 +7,12 @@ import keras
 
 from keras_kfac import _keras_internals
 from keras_kfac.curvature.block import KroneckerBlock
+from keras_kfac.curvature.dense import DenseBlock
 from keras_kfac.curvature.eigenbasis import EigenbasisBlock
 from keras_kfac.curvature.exact import DiagonalBlock, FullBlock
 from keras_kfac.curvature.input_only import InputBlock
 from keras_kfac.curvature.linear_exact import LinearExactBlock
+from keras_kfac.curvature.tridiagonal import TridiagonalBlock
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path
 from keras_kfac.introspection.per_example import ExactAdapter
 
@@ -21,6 +23,8 @@ STRUCTURES: dict[str, type[KroneckerBlock]] = {
     "linear_exact": LinearExactBlock,
     "diagonal": DiagonalBlock,
     "full": FullBlock,
+    "dense": DenseBlock,
+    "tridiagonal": TridiagonalBlock,
 }
 KFAC = "kfac"
 

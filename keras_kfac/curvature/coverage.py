@@ -7,7 +7,7 @@ from typing import NamedTuple
 import keras
 
 from keras_kfac import _keras_internals
-from keras_kfac.curvature.block import BlockPlan
+from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
 from keras_kfac.curvature.choice import Curvature, CurvatureChoice
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path, own_variables
 from keras_kfac.introspection.registry import adapt, find_adapters, has_entry
@@ -152,6 +152,7 @@ def plan_coverage(
         own = layer.weights if has_entry(layer) else own_variables(layer)
         for variable in own:
             reasons.setdefault(id(variable), reason)
+    blocks = _merged(blocks, model)
     covered = {id(v): block for block in blocks for v in block.plan.adapter.variables}
     rows = Coverage()
     rows.memory = sum(block.plan.memory for block in blocks)
@@ -169,6 +170,32 @@ class _Block(NamedTuple):
     plan: BlockPlan
     note: str
 
+    def share(self, variables: Sequence[keras.Variable]) -> float:
+        """Which part of its weights these hold."""
+        own = _size(self.plan.adapter.variables)
+        keys = {id(v) for v in variables}
+        return _size([v for v in self.plan.adapter.variables if id(v) in keys]) / own
+
+
+def _size(variables: Sequence[keras.Variable]) -> int:
+    """Number of weights."""
+    return sum(int(v.value.shape.num_elements()) for v in variables)
+
+
+def _merged(blocks: Sequence[_Block], model: keras.Model) -> list[_Block]:
+    """With one block, where the first of them is, in place of those of layers that share it."""
+    merged: list[_Block] = []
+    found: set[type[KroneckerBlock]] = set()
+    for block in blocks:
+        block_type = block.plan.block_type
+        if not block_type.is_joint:
+            merged.append(block)
+        elif block_type not in found:
+            found.add(block_type)
+            plans = [b.plan for b in blocks if b.plan.block_type is block_type]
+            merged.append(_Block(block_type.merged(plans, model), ""))
+    return merged
+
 
 def _row(
     layer: keras.Layer,
@@ -180,7 +207,7 @@ def _row(
     name, kind = layer_path(layer), type(layer).__name__
     if not trained:
         return CoverageRow(name, kind, 0, "frozen", "no trained weights")
-    weights = sum(int(v.value.shape.num_elements()) for v in trained)
+    weights = _size(trained)
     blocks = list({id(b): b for v in trained for b in [covered.get(id(v))] if b}.values())
     if not blocks:
         return CoverageRow(name, kind, weights, "fallback", reasons[id(trained[0])])
@@ -189,9 +216,9 @@ def _row(
     notes = [*(block.note for block in blocks), *map(_coarseness, adapters)]
     if any(adapter.reduces for adapter in adapters):
         notes.append(sharing.reduces(layer))
-    needed = sum(block.plan.memory for block in blocks)
+    needed = sum(block.plan.memory * block.share(trained) for block in blocks)
     reason = "; ".join(dict.fromkeys(filter(None, notes)))
-    return CoverageRow(name, kind, weights, blocks[0].plan.name, reason, needed)
+    return CoverageRow(name, kind, weights, blocks[0].plan.name, reason, round(needed))
 
 
 def _coarseness(adapter: LayerAdapter) -> str:

@@ -70,7 +70,7 @@ class ModelCurvature:
         adapters = [adapter for _, observers in each for adapter in observers]
         batch = collect(passes, adapters, fisher, seed, self._dtype, samples)
         for block, observers in each:
-            if id(block.adapter) in batch.layers:
+            if all(id(adapter) in batch.layers for adapter in observers):
                 statistics = [batch.layers[id(adapter)] for adapter in observers]
                 block.update(statistics, batch.examples, decay)
 
@@ -152,7 +152,7 @@ class ModelCurvature:
     def summary(self, damping: tf.Tensor) -> CurvatureSummary:
         """The spectra of all blocks."""
         each = zip(self.blocks, self.dampings(damping))
-        return CurvatureSummary(block.spectrum(own) for block, own in each)
+        return CurvatureSummary(row for block, own in each for row in block.spectra(own))
 
     def condition_numbers(self) -> dict[str, float]:
         """Condition numbers of the damped blocks by their paths, as of the last refresh."""

@@ -7,14 +7,14 @@ several affine maps has one for each. Outputs are those before the layer's activ
 """
 
 import abc
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals
-from keras_kfac.introspection.forward_pass import LayerCall
+from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
 from keras_kfac.math import factors
 from keras_kfac.math.example_gradients import OneHot
 from keras_kfac.math.linalg import RowPairs, some_rows
@@ -108,6 +108,20 @@ class LayerAdapter(abc.ABC):
         return True
 
     @property
+    def layers(self) -> Sequence[keras.Layer]:
+        """The layers whose output gradients are needed."""
+        return (self.layer,)
+
+    def calls(self, forward_pass: ForwardPass) -> dict[Any, Any]:
+        """The calls of the layer that use the variables, by their place among all."""
+        calls = enumerate(forward_pass.calls.get(id(self.layer), []))
+        return {place: call for place, call in calls if self.takes_part_in(call)}
+
+    def arrived(self, gradients: Mapping[int, Sequence[Any]], place: Any) -> Any:
+        """The output gradients of a call, of those by `id` of the layer and place of the call."""
+        return gradients[id(self.layer)][place]
+
+    @property
     def uses(self) -> Sequence["LayerAdapter"]:
         """Adapters for different uses of the variables, each with factors of its own."""
         return (self,)
@@ -133,6 +147,11 @@ class LayerAdapter(abc.ABC):
     @abc.abstractmethod
     def dims(self) -> tuple[int, int]:
         """`(d_in, d_out)` of the block."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """That of `to_matrix`."""
+        return (*self._leading, *self.dims)
 
     @property
     def structures(self) -> Structures:

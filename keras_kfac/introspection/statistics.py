@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_kfac.introspection.adapters import LayerAdapter
 from keras_kfac.introspection.batch_part import WHOLE, BatchPart, examples_of, whole_over_part
-from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
+from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import Term
 from keras_kfac.math.inverses import identity
 from keras_kfac.math.linalg import scalar, with_rank
@@ -124,13 +124,13 @@ def collect(
         dtype: Of the factors.
         samples: How many targets to draw for each example.
     """
-    uses = [u for a in adapters for u in a.uses if any(_calls(p, u) for p in passes)]
+    uses = [u for a in adapters for u in a.uses if any(u.calls(p) for p in passes)]
     part = SAMPLED_PART if fisher in (Fisher.SAMPLED, Fisher.PROPAGATED) else WHOLE
     scored = [_score(forward_pass, uses, part, dtype) for forward_pass in passes]
     output_factors = {id(u): tf.zeros((), dtype) for u in uses}
     for index, item in enumerate(scored):
         pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
-        called = [u for u in uses if _calls(item.forward_pass, u)]
+        called = [u for u in uses if u.calls(item.forward_pass)]
         if fisher is Fisher.EXACT:
             parts = _exact(item, called, dtype)
         elif fisher is Fisher.EMPIRICAL:
@@ -148,12 +148,6 @@ def collect(
         if of_uses:
             layers[id(adapter)] = LayerStatistics(*adapter.joined(of_uses))
     return BatchStatistics(layers, tf.add_n([_examples(item, dtype) for item in scored]))
-
-
-def _calls(forward_pass: ForwardPass, adapter: LayerAdapter) -> dict[int, LayerCall]:
-    """The calls of a layer that use the weights of the adapter, by their place among all."""
-    calls = enumerate(forward_pass.calls.get(id(adapter.layer), []))
-    return {index: call for index, call in calls if adapter.takes_part_in(call)}
 
 
 def _score(
@@ -177,8 +171,8 @@ def _score(
 
     for adapter in adapters:
         item.observed[id(adapter)] = {
-            index: [used(x) for x in adapter.observed(call)]
-            for index, call in _calls(forward_pass, adapter).items()
+            index: tf.nest.map_structure(used, adapter.observed(call))
+            for index, call in adapter.calls(forward_pass).items()
         }
     return item
 
@@ -196,10 +190,11 @@ def _input_factor(
     total, weight = tf.zeros((), dtype), tf.zeros((), dtype)
     for item in scored:
         example_weights = item.example_weights()
-        for index, call in _calls(item.forward_pass, adapter).items():
+        for index, call in adapter.calls(item.forward_pass).items():
             observed = item.observed[id(adapter)][index]
             _check_batch(adapter, call.inputs, item)
-            inputs, scale = item.used(call.inputs), item.scale_of(call.inputs)
+            inputs = tf.nest.map_structure(item.used, call.inputs)
+            scale = item.scale_of(tf.nest.flatten(call.inputs)[0])
             # What takes a part of the batch takes a part of the positions, too.
             part = adapter if item.examples is None else adapter.thinned(inputs)
             moment, moment_weight = part.input_moment(inputs, example_weights, dtype, *observed)
@@ -207,15 +202,16 @@ def _input_factor(
     return tf.math.divide_no_nan(total, weight)
 
 
-def _check_batch(adapter: LayerAdapter, inputs: tf.Tensor, item: _ScoredPass) -> None:
+def _check_batch(adapter: LayerAdapter, inputs: Any, item: _ScoredPass) -> None:
     if not item.is_weighted:
         return
-    if not inputs.shape[:1].is_compatible_with(item.weights.shape):
-        raise ValueError(
-            "With sample weights or masks, K-FAC needs the same batch axis in a layer's input and "
-            f"in the model's output. Received: layer {adapter.layer.name!r} with inputs of shape "
-            f"{inputs.shape} and weights of shape {item.weights.shape}"
-        )
+    for own in tf.nest.flatten(inputs):
+        if not own.shape[:1].is_compatible_with(item.weights.shape):
+            raise ValueError(
+                "With sample weights or masks, K-FAC needs the same batch axis in a layer's input "
+                f"and in the model's output. Received: layer {adapter.layer.name!r} with inputs of "
+                f"shape {own.shape} and weights of shape {item.weights.shape}"
+            )
 
 
 def _output_factors(
@@ -226,7 +222,8 @@ def _output_factors(
     dtype: tf.DType,
 ) -> dict[int, tf.Tensor]:
     """Back-propagates vectors and sums the outer products of what arrives at each layer."""
-    gradients = item.forward_pass.output_gradients([a.layer for a in adapters], targets, vectors)
+    layers = [layer for adapter in adapters for layer in adapter.layers]
+    gradients = item.forward_pass.output_gradients(layers, targets, vectors)
 
     def factor(adapter: LayerAdapter, gradient: Any, observed: Sequence[Any]) -> tf.Tensor:
         used = tf.nest.map_structure(lambda g: item.used(tf.cast(g, dtype)), gradient)
@@ -234,9 +231,9 @@ def _output_factors(
         return scale * adapter.output_factor(used, *observed)
 
     def sum_over_calls(adapter: LayerAdapter) -> tf.Tensor:
-        arrived = gradients[id(adapter.layer)]
-        observed = item.observed[id(adapter)]
-        return tf.add_n([factor(adapter, arrived[index], observed[index]) for index in observed])
+        observed = item.observed[id(adapter)].items()
+        each = [(adapter.arrived(gradients, place), seen) for place, seen in observed]
+        return tf.add_n([factor(adapter, gradient, seen) for gradient, seen in each])
 
     return {id(a): sum_over_calls(a) for a in adapters}
 

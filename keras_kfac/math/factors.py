@@ -101,17 +101,45 @@ def input_moment(
     Returns:
         `[..., d_in, d_in]`, or what the structure keeps of it, and a scalar.
     """
+    rows, total = _weighted(rows, weights)
+    return _moment(rows, structure), total
+
+
+def cross_moment(
+    rows: tf.Tensor, others: tf.Tensor, weights: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`input_moment` of the inputs of two layers: the sum of `a bᵀ`, and its weight.
+
+    Args:
+        rows: `[batch, positions, d]`.
+        others: `[batch, positions, e]`.
+        weights: Of examples `[batch]`, or of rows `[batch, positions]`; `None` weights all alike.
+
+    Returns:
+        `[d, e]` and a scalar.
+
+    Example:
+    >>> rows = tf.constant([[[1.0]], [[2.0]]])
+    >>> [np.sum(x) for x in cross_moment(rows, 10 * rows)]
+    [50.0, 2.0]
+    """
+    rows, total = _weighted(rows, weights)
+    others, _ = _weighted(others, weights)
+    return cross_product(rows, others), total
+
+
+def _weighted(rows: tf.Tensor, weights: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+    """Rows by the roots of their weights, and the sum of these."""
     shape = tf.cast(tf.shape(rows), rows.dtype)
     if weights is None:
-        return _moment(rows, structure), shape[-3] * shape[-2]
+        return rows, shape[-3] * shape[-2]
     weights = tf.cast(weights, rows.dtype)
     total = tf.reduce_sum(weights)
     if weights.shape.rank == 1:
         weights, total = weights[:, tf.newaxis], total * shape[-2]
     weights = weights[..., tf.newaxis]
     # `where` and not a product alone: 0 * inf of an ignored row must be 0.
-    rows = tf.where(weights > 0, rows * tf.sqrt(weights), tf.zeros_like(rows))
-    return _moment(rows, structure), total
+    return tf.where(weights > 0, rows * tf.sqrt(weights), tf.zeros_like(rows)), total
 
 
 def index_moment(indices: tf.Tensor, size: int, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -136,6 +164,11 @@ def index_moment(indices: tf.Tensor, size: int, weights: tf.Tensor) -> tuple[tf.
 def output_factor(rows: tf.Tensor, structure: Structure | None = None) -> tf.Tensor:
     """Output factor `G`: the sum of `g gᵀ` over examples and positions, or a part of it."""
     return _moment(rows, structure)
+
+
+def cross_product(rows: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+    """The sum of `g hᵀ` over examples and positions, of the output gradients of two layers."""
+    return tf.matmul(_merge_positions(rows), _merge_positions(others), transpose_a=True)
 
 
 def _moment(rows: tf.Tensor, structure: Structure | None) -> tf.Tensor:

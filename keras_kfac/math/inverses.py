@@ -29,8 +29,11 @@ from keras_kfac.math.linalg import (
 
 Shape = tuple[int, ...]
 
-Start = list[tuple[Shape, Callable[[Any, Any], tf.Tensor]]]
-"""Shape and initial value, a function of shape and dtype, of each part of an inverse."""
+Part = tuple[Shape, Callable[[Any, Any], tf.Tensor]]
+"""Shape and initial value, a function of shape and dtype, of a part of an inverse."""
+
+Start = list[Part]
+"""Those of all parts."""
 
 
 def identity(shape: Shape, dtype: Any) -> tf.Tensor:

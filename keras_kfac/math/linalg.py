@@ -233,6 +233,18 @@ def spd_inverse(matrix: tf.Tensor) -> tf.Tensor:
     return inverse + tf.where(tf.math.is_finite(of_each), tf.zeros_like(of_each), float("nan"))
 
 
+def spd_inverse_root(matrix: tf.Tensor) -> tf.Tensor:
+    """`L⁻¹` for the Cholesky factor `L` of symmetric positive definite matrices `[..., d, d]`.
+
+    Not finite where a matrix is not positive definite to working precision.
+
+    Example:
+    >>> spd_inverse_root(tf.constant([[4.0, 0.0], [0.0, 1.0]])).numpy().tolist()
+    [[0.5, 0.0], [0.0, 1.0]]
+    """
+    return _factor_and_inverse(matrix, needs_factor=True)[0]
+
+
 def _factor_and_inverse(matrix: tf.Tensor, needs_factor: bool = False) -> tuple[Any, tf.Tensor]:
     """`L⁻¹` (if needed) and `L⁻ᵀ L⁻¹` for the Cholesky factor `L` of a matrix, by halves.
 

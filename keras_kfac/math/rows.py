@@ -23,10 +23,17 @@ def masked_moment(
         masks: None, or one `[batch, steps]`. Steps may consist of several positions each.
         structure: What to compute of the matrix.
     """
+    return factors.input_moment(rows, masked_weights(rows, example_weights, masks), structure)
+
+
+def masked_weights(
+    rows: tf.Tensor, example_weights: tf.Tensor | None, masks: Sequence[tf.Tensor]
+) -> tf.Tensor | None:
+    """Weights of rows `[batch, positions, d]`, of examples if there is no mask."""
     weights = example_weights
     for mask in masks:
         weights = factors.row_weights(weights, stretched(mask, rows))
-    return factors.input_moment(rows, weights, structure)
+    return weights
 
 
 def stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
