@@ -243,7 +243,7 @@ class TestTridiagonal:
         weights = tf.constant([1.0, 0.5, 0.0, 2.0], tf.float64)
         model = mlp((5, 4, 3))
         first, second = (
-            adapter for layer in model.layers for adapter in registry.adapt(layer, bool)
+            adapter for layer in model.layers for adapter in registry.adapt(layer, lambda v: True)
         )
         cross = composite.CrossAdapter([first, second])
         kernel, bias = model.layers[0].get_weights()
