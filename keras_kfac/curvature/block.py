@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_kfac.curvature.regularization import mean_l2_coefficient
 from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
-from keras_kfac.introspection.statistics import LayerStatistics
+from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math.inverses import Inverse, Part, Shape, relative_change
 from keras_kfac.math.linalg import (
     Gradient,
@@ -54,7 +54,7 @@ class KroneckerBlock:
         adapter: The layer.
         input_factor: `A`, `[..., d_in, d_in]`, or what its structure keeps of it.
         output_factor: `G`, `[..., d_out, d_out]`, likewise.
-        weight: Accumulated weight of the moving averages; 0 before the first update.
+        weight: Accumulated weight of those of output factors; 0 before the first update.
         failed_refreshes: How often the damped factors could not be inverted.
         refreshes: How often they could.
         staleness: Relative change of the inverse in the last successful refresh.
@@ -117,7 +117,9 @@ class KroneckerBlock:
         averages = self.averages(adapter).items()
         self._averages = [add_variable(name, shape, dtype) for name, shape in averages]
         self.input_factor, self.output_factor = self._averages[:2]
-        self.weight = add_variable("factor_weight", (), dtype)
+        names = ("input_weight", "output_weight")
+        self._weights = [add_variable(name, (), dtype) for name in names]
+        _, self.weight = self._weights
         self._inverse_type = inverse_type
         self._structures = adapter.structures
         # The identity until the first refresh succeeds: the block then passes the gradient on.
@@ -138,31 +140,32 @@ class KroneckerBlock:
         return [self.adapter]
 
     def update(
-        self, statistics: Sequence[LayerStatistics], examples: tf.Tensor, decay: tf.Tensor
+        self, statistics: Sequence[LayerStatistics], weights: BatchWeights, decay: tf.Tensor
     ) -> None:
         """Includes the statistics of a batch in the moving averages, unless they are not finite.
 
         Args:
             statistics: Those of each observer.
-            examples: Number of examples.
+            weights: What the batch counts beside others.
             decay: Of the moving averages.
         """
-        new_factors = tf.nest.flatten(statistics)[: len(self._averages)]
-        weight = tf.convert_to_tensor(self.weight)
-        new_weight = weight
+        new = [factor for own in statistics for factor in own[:2]][: len(self._averages)]
         # Not a branch: one for each block takes seconds to trace.
-        finite = tf.reduce_all([is_finite(factor) for factor in new_factors])
-        for variable, new in zip(self._averages, new_factors):
-            old = tf.convert_to_tensor(variable)
-            average, new_weight = weighted_average(
-                old,
-                weight,
-                tf.cast(new, old.dtype),
-                tf.cast(examples, weight.dtype),
-                tf.cast(decay, old.dtype),
-            )
-            variable.assign(tf.where(finite, average, old))
-        self.weight.assign(tf.where(finite, new_weight, weight))
+        finite = tf.reduce_all([is_finite(factor) for factor in new])
+        for side, count in enumerate(weights):
+            weight = tf.convert_to_tensor(self._weights[side])
+            total = weight
+            for variable, factor in zip(self._averages[side::2], new[side::2]):
+                old = tf.convert_to_tensor(variable)
+                average, total = weighted_average(
+                    old,
+                    weight,
+                    tf.cast(factor, old.dtype),
+                    tf.cast(count, weight.dtype),
+                    tf.cast(decay, old.dtype),
+                )
+                variable.assign(tf.where(finite, average, old))
+            self._weights[side].assign(tf.where(finite, total, weight))
 
     @property
     def size(self) -> int:

@@ -16,7 +16,7 @@ from keras_kfac.introspection.example_gradients import (
     RotatedSquaresAdapter,
     reason_without_pairs,
 )
-from keras_kfac.introspection.statistics import LayerStatistics
+from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math.inverses import ExactInverse, Inverse
 from keras_kfac.math.linalg import is_finite
 from keras_kfac.math.moving_average import weighted_average
@@ -54,7 +54,7 @@ class EigenbasisBlock(KroneckerBlock):
         return [self.adapter, RotatedSquaresAdapter(self.adapter, (plain[0], plain[1]))]
 
     def update(
-        self, statistics: Sequence[LayerStatistics], examples: tf.Tensor, decay: tf.Tensor
+        self, statistics: Sequence[LayerStatistics], weights: BatchWeights, decay: tf.Tensor
     ) -> None:
         """Includes the statistics of a batch in the moving averages, unless they are not finite."""
         variable = self._eigenvalues
@@ -64,13 +64,13 @@ class EigenbasisBlock(KroneckerBlock):
             old,
             tf.convert_to_tensor(self.weight),
             tf.cast(squares, old.dtype),
-            tf.cast(examples, old.dtype),
+            tf.cast(weights.outputs, old.dtype),
             tf.cast(decay, old.dtype),
         )
         # Before the first refresh there are no bases.
         counts = self._is_refreshed & is_finite(squares)
         variable.assign(tf.where(counts, average, old))
-        super().update(statistics, examples, decay)
+        super().update(statistics, weights, decay)
 
     def invert(self, damping: tf.Tensor) -> ExactInverse:
         """The inverse in the eigenbases of the factors as they are now."""

@@ -72,7 +72,7 @@ class ModelCurvature:
         for block, observers in each:
             if all(id(adapter) in batch.layers for adapter in observers):
                 statistics = [batch.layers[id(adapter)] for adapter in observers]
-                block.update(statistics, batch.examples, decay)
+                block.update(statistics, batch.weights[id(observers[0])], decay)
 
     @property
     def turns(self) -> list[list[int]]:

@@ -18,7 +18,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
 from keras_kfac.math import factors
 from keras_kfac.math.example_gradients import OneHot
 from keras_kfac.math.linalg import RowPairs, some_rows
-from keras_kfac.math.rows import masked_moment, rows_of_positions, stretched
+from keras_kfac.math.rows import masked_moment, of_examples, rows_of_positions, stretched
 from keras_kfac.math.structure import Structure, Structures
 
 Gradients = dict[int, tf.Tensor]
@@ -62,6 +62,7 @@ class LayerAdapter(abc.ABC):
     takes_slices = False  # Whether `to_matrix` and `from_matrix` take `tf.IndexedSlices`.
     with_activation = False  # Whether the layer's outputs are those after its activation.
     can_reduce = False  # Whether it can treat shared weights by "reduce", as `reduces` says.
+    averages_inputs = True  # Whether the input factor is a mean over rows of inputs.
     has_row_pairs = False  # Whether the gradient of an example is `row_pairs`, summed up.
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
@@ -199,6 +200,12 @@ class LayerAdapter(abc.ABC):
         """
         return ()
 
+    def counting_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
+        """Which rows have a gradient, `[batch, positions]`; or which examples, `[batch, 1]`."""
+        rows = self.output_rows(gradients, *observed)
+        counts = tf.reduce_any(rows != 0, axis=-1)
+        return tf.reduce_any(counts, axis=list(range(counts.shape.rank - 2)))
+
     @abc.abstractmethod
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of output gradients: `[..., batch, positions, d_out]`."""
@@ -281,7 +288,8 @@ class AffineAdapter(LayerAdapter):
         rows = self.input_rows(tf.cast(inputs, dtype))
         if self.reduces:
             masks = [stretched(mask, rows) for mask in observed]
-            rows, example_weights = factors.mean_rows(rows, example_weights, *masks)
+            own = of_examples(example_weights)
+            rows, example_weights = factors.mean_rows(rows, own, *masks)
             observed = ()
         return masked_moment(rows, example_weights, observed, self.structures[0])
 

@@ -1,4 +1,4 @@
-"""The first part of a batch, used in place of the whole where an estimate will do."""
+"""A part of a batch, drawn at random, in place of the whole where an estimate will do."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from keras_kfac.math.linalg import scalar
 
 
 class BatchPart(NamedTuple):
-    """How many of a batch's examples to use: the first ones.
+    """How many of a batch's examples to use.
 
     Attributes:
         fraction: In (0, 1]: this part of the batch,
@@ -39,25 +39,30 @@ class BatchPart(NamedTuple):
 WHOLE = BatchPart()
 
 
-def examples_of(part: BatchPart, coefficients: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The number of examples to use that is enough for each output.
+def places_of(part: BatchPart, coefficients: Sequence[tf.Tensor], seed: tf.Tensor) -> tf.Tensor:
+    """The examples to use, so many that they are enough for each output: int32 `[used]`.
+
+    At random, for batches can be in some order: by class, or one task after another.
 
     Args:
         part: How many of them.
         coefficients: What each position counts, `[batch, ...]` for each output.
+        seed: Stateless seed, int32 `[2]`.
     """
-    return tf.reduce_max([part.examples(tf.shape(each)) for each in coefficients])
+    count = tf.reduce_max([part.examples(tf.shape(each)) for each in coefficients])
+    everything = tf.range(tf.shape(coefficients[0])[0])
+    return tf.random.experimental.stateless_shuffle(everything, seed)[:count]
 
 
-def whole_over_part(coefficients: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
-    """What a sum over the first examples is to be multiplied by to stand for the whole batch.
+def whole_over_part(coefficients: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+    """What a sum over some examples is to be multiplied by to stand for the whole batch.
 
     Args:
         coefficients: What each position of the outputs counts in the loss, `[batch, ...]`.
-        examples: The number of examples in use.
+        places: The examples in use.
 
     Returns:
         Scalar in the dtype of the coefficients; 0 if those of the part are all 0.
     """
-    part = tf.reduce_sum(coefficients[:examples])
+    part = tf.reduce_sum(tf.gather(coefficients, places))
     return tf.math.divide_no_nan(tf.reduce_sum(coefficients), part)

@@ -156,6 +156,12 @@ class CrossAdapter(CompositeAdapter):
         total, weight = map(tf.add_n, zip(*moments))
         return total, weight
 
+    def counting_rows(self, gradients: Any, *observed: Any) -> tf.Tensor:
+        """Which rows of the first layer have a gradient."""
+        first = self.parts[0]
+        each = [first.counting_rows(g, *seen) for g, seen in zip(gradients[0], observed[0])]
+        return tf.reduce_any(each, axis=0)
+
     def output_factor(self, gradients: Any, *observed: Any) -> tf.Tensor:
         """The moment of the output gradients of both."""
         each = [[part.output_rows(g) for g in own] for part, own in zip(self.parts, gradients)]

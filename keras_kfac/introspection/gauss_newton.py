@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_kfac.introspection.batch_part import WHOLE, BatchPart, examples_of, whole_over_part
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart, places_of, whole_over_part
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.observed_losses import AddedLoss
 from keras_kfac.introspection.replay import Weights, tangents
@@ -61,19 +61,19 @@ def _of_pass(
     """The products of each term of the loss, by their place in the matrix."""
     terms = forward_pass.terms
     coefficients = [tf.cast(term.coefficients(), _SUM) for term in terms]
-    examples = None
+    places = None
     if not part.is_whole:
-        examples = examples_of(part, coefficients)
-        coefficients = [c[:examples] * whole_over_part(c, examples) for c in coefficients]
+        places = places_of(part, coefficients, seed)
+        coefficients = [tf.gather(c, places) * whole_over_part(c, places) for c in coefficients]
 
     def differentiable(outputs: Any) -> list[tf.Tensor]:
         flat = tf.nest.flatten(outputs)
-        return [term.differentiable(flat[term.index], examples)[0] for term in terms]
+        return [term.differentiable(flat[term.index], places)[0] for term in terms]
 
-    outputs, vectors = tangents(forward_pass.again, weights, directions, differentiable, examples)
+    outputs, vectors = tangents(forward_pass.again, weights, directions, differentiable, places)
     products = []
     for index, term in enumerate(terms):
-        _, curvature = term.differentiable(term.outputs, examples)
+        _, curvature = term.differentiable(term.outputs, places)
         own_seed = tf.random.experimental.stateless_fold_in(seed, index)
         along = [each[index] for each in vectors]
         found = curvature.curvature_products(outputs[index], along, own_seed)

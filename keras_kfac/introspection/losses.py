@@ -62,14 +62,11 @@ class Term:
         index: The place of its output among all of the model.
         likelihood: The predictive distribution; `None` if unknown. The curvature is by the targets
             then.
-        is_by_position: Whether the loss has one value at each position of the output, as all have
-            whose likelihood K-FAC knows.
     """
 
     score: Score
     index: int
     likelihood: Likelihood | None
-    is_by_position: bool
 
     @property
     def outputs(self) -> tf.Tensor:
@@ -167,7 +164,9 @@ class Term:
         with tf.GradientTape() as tape:
             tape.watch(values)
             total = _Reduction(values, loss)(outputs, outputs, sample_weight)
-        return tape.gradient(total, values) * scalar(self.score.weight, values.dtype)
+        # Without a reduction both have an entry for each value, of a shape of Keras's own.
+        weight = tf.broadcast_to(scalar(self.score.weight, total.dtype), tf.shape(total))
+        return tape.gradient(total, values, output_gradients=weight)
 
     def values(self, outputs: tf.Tensor) -> tf.Tensor:
         """The loss at each position if the outputs were these.
@@ -185,7 +184,7 @@ class Term:
 
     def _own_values(self) -> tf.Tensor:
         """A tensor shaped as the values of the loss, not reduced."""
-        if self.is_by_position or not (self.score.is_complete or self.likelihood is None):
+        if self.likelihood is not None and not self.score.is_complete:
             return self.outputs[..., 0]
         return PerPosition(self.score.loss)(self.targets, self.outputs)
 
@@ -205,17 +204,17 @@ class Term:
         return 1.0 if self.likelihood is None else self.likelihood.weight(self.outputs)
 
     def differentiable(
-        self, outputs: tf.Tensor, examples: tf.Tensor | None = None
+        self, outputs: tf.Tensor, places: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, OutputCurvature]:
         """What to differentiate, and the curvature there: logits where the loss goes back to them.
 
         Args:
             outputs: The output of a forward pass,
-            examples: of so many examples, the first ones; `None` for all.
+            places: of these examples, `[used]`; `None` for all.
         """
         likelihood = self.likelihood
         if likelihood is None:
-            targets = self.targets if examples is None else self.targets[:examples]
+            targets = self.targets if places is None else tf.gather(self.targets, places)
             term = dataclasses.replace(self, score=self.score._replace(targets=targets))
             if self._is_convex:
                 return outputs, TargetHessian(term.values)
@@ -273,5 +272,4 @@ def understood(score: Score, index: int, given: Likelihood | None = None) -> Ter
             "K-FAC needs model outputs of shape (batch, ..., features). "
             f"Received: outputs of shape {score.outputs.shape}"
         )
-    # Keras has one value for all outputs of shape (batch,).
-    return Term(score._replace(loss=loss), index, found, likelihood is not None and rank > 1)
+    return Term(score._replace(loss=loss), index, found)

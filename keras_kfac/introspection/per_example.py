@@ -26,6 +26,7 @@ class ExactAdapter(LayerAdapter):
         max_full_block: Of more weights than this only the diagonal is kept.
     """
 
+    averages_inputs = False
     max_full_block: float = MAX_FULL_BLOCK
 
     @property

@@ -6,6 +6,7 @@ pre-activations by zeros: the gradient by the shift is that by the pre-activatio
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,13 +26,51 @@ class Steps(NamedTuple):
     Attributes:
         inputs: What the cell is given, `[batch, steps, ...]`.
         states: The state that each step begins with, likewise; the first if there are several.
-        back: From gradients of the layer's outputs to those of the pre-activations, likewise. Takes
-            those of the first examples of the batch, too.
+        back: From gradients of the layer's outputs to those of the pre-activations, likewise.
     """
 
     inputs: tf.Tensor
     states: tf.Tensor
-    back: Callable[[Any], tf.Tensor]
+    back: "Back"
+
+
+@dataclasses.dataclass(frozen=True)
+class Back:
+    """Back-propagates gradients of outputs to the shift of pre-activations.
+
+    Attributes:
+        tape: Knows how.
+        outputs: The outputs.
+        shift: The shift.
+        shift_shape: That of one step and example.
+        places: Of which examples the gradients are, `[used]`; `None` for all.
+    """
+
+    tape: tf.GradientTape
+    outputs: list[tf.Tensor]
+    shift: tf.Tensor
+    shift_shape: Sequence[int]
+    places: tf.Tensor | None = None
+
+    def of_examples(self, places: tf.Tensor) -> "Back":
+        """The same for some examples of the batch."""
+        return dataclasses.replace(self, places=places)
+
+    def __call__(self, gradients: Any) -> tf.Tensor:
+        """The gradients of the shift, of the same examples."""
+        flat = tf.nest.flatten(gradients)
+        vectors = [self._of_all(*pair) for pair in zip(flat, self.outputs)]
+        found = self.tape.gradient(self.outputs, self.shift, output_gradients=vectors)
+        if self.places is not None:
+            found = tf.gather(found, self.places)
+        (found,) = _side_by_side(tf.cast(found, flat[0].dtype), [self.shift_shape])
+        return found
+
+    def _of_all(self, gradient: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+        gradient = tf.cast(gradient, output.dtype)
+        if self.places is not None:
+            gradient = tf.scatter_nd(self.places[:, tf.newaxis], gradient, tf.shape(output))
+        return tf.ensure_shape(gradient, output.shape)
 
 
 class _Probe:
@@ -128,31 +167,7 @@ def steps_of(
         results += tf.nest.flatten(final) if layer.return_state else []
     if layer.go_backwards:
         inputs, states = (tf.reverse(rows, axis=[1]) for rows in (inputs, states))
-
-    def back(gradients: Any) -> tf.Tensor:
-        return _gradient_of_first(tape, results, shift, tf.nest.flatten(gradients), shift_shape)
-
-    return Steps(inputs, states, back)
-
-
-def _gradient_of_first(
-    tape: tf.GradientTape,
-    outputs: list[tf.Tensor],
-    shift: tf.Tensor,
-    gradients: list[tf.Tensor],
-    shift_shape: Sequence[int],
-) -> tf.Tensor:
-    """Back-propagates gradients of the first outputs to the same part of the shift."""
-    used, batch = tf.shape(gradients[0])[0], tf.shape(shift)[0]
-
-    def padded(gradient: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
-        padding = [[0, batch - used]] + [[0, 0]] * (gradient.shape.rank - 1)
-        return tf.ensure_shape(tf.pad(tf.cast(gradient, output.dtype), padding), output.shape)
-
-    vectors = [padded(*pair) for pair in zip(gradients, outputs)]
-    found = tape.gradient(outputs, shift, output_gradients=vectors)[:used]
-    (found,) = _side_by_side(tf.cast(found, gradients[0].dtype), [shift_shape])
-    return found
+    return Steps(inputs, states, Back(tape, results, shift, shift_shape))
 
 
 @contextlib.contextmanager

@@ -60,6 +60,14 @@ class Replay:
             other._kwargs = {**self._kwargs, next(iter(self._kwargs)): inputs}
         return other
 
+    def of_examples(self, places: tf.Tensor) -> Self:
+        """The same pass for some examples of its batch, `[used]`."""
+        other = copy.copy(self)
+        other._args, other._kwargs = _with_batches(
+            (self._args, self._kwargs), lambda x: tf.gather(x, places)
+        )
+        return other
+
     def outputs(self, weights: Weights, cut: Callable[[tf.Tensor], tf.Tensor] | None = None) -> Any:
         """What the layer returns.
 
@@ -113,7 +121,7 @@ def tangents(
     primals: Weights,
     directions: Sequence[Weights],
     differentiable: Callable[[Any], list[tf.Tensor]],
-    examples: tf.Tensor | int | None,
+    places: tf.Tensor | None,
 ) -> tuple[list[tf.Tensor], list[list[tf.Tensor]]]:
     """Derivatives of the outputs along directions in weight space, in forward mode.
 
@@ -122,15 +130,16 @@ def tangents(
         primals: Weights to differentiate by, with their values.
         directions: Tangents for some of them, and that several times.
         differentiable: Function from the model's outputs to the tensors to differentiate.
-        examples: Use the first so many examples only.
+        places: Use these examples only, `[used]`; `None` for all.
 
     Returns:
         These tensors, and for each direction their tangents.
     """
-    cut = None if examples is None else lambda x: x[:examples]
+    if places is not None:
+        replay = replay.of_examples(places)
 
     def function(weights: Weights) -> list[tf.Tensor]:
-        return differentiable(replay.outputs(weights, cut))
+        return differentiable(replay.outputs(weights))
 
     try:
         return _forward_mode(function, primals, directions)

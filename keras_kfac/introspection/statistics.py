@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_kfac.introspection.adapters import LayerAdapter
-from keras_kfac.introspection.batch_part import WHOLE, BatchPart, examples_of, whole_over_part
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import Term
+from keras_kfac.introspection.scored_pass import Placed, ScoredPass
 from keras_kfac.math.inverses import identity
 from keras_kfac.math.linalg import scalar, with_rank
 
@@ -37,70 +38,39 @@ class Fisher(enum.StrEnum):
 # first steps it is not, and less will not do: see docs/step-control.md.
 SAMPLED_PART = BatchPart(0.5, min_rows=128, min_examples=8)
 
+# Folded into the seed of a pass. Draws of targets come first.
+_PART, _PROBE = 2**20, 2**20 + 1
+
 
 class LayerStatistics(NamedTuple):
-    """Kronecker factors of one layer on one batch."""
+    """Kronecker factors of one layer on one batch.
+
+    Attributes:
+        input_factor: A mean over rows.
+        output_factor: A sum over rows, of gradients of a loss that is a mean over examples.
+    """
 
     input_factor: tf.Tensor
     output_factor: tf.Tensor
 
 
-class BatchStatistics(NamedTuple):
-    """Factors of all layers that took part, by `id` of the adapter, and the number of examples."""
-
-    layers: dict[int, LayerStatistics]
-    examples: tf.Tensor
-
-
-class _ScoredPass(NamedTuple):
-    """A forward pass with the derivatives of the loss by the loss at each output position.
+class BatchWeights(NamedTuple):
+    """What a batch counts beside others, in averages of their factors.
 
     Attributes:
-        coefficients: These, for each term of the loss.
-        weights: What each example contributes to the loss, `[batch]`.
-        is_weighted: Whether these can differ.
-        examples: How many examples are used, the first ones; `None` for all.
-        batch: The number of all examples.
-        scale: What sums over these are to be multiplied by to stand for the whole batch.
-        observed: What the output rows of each adapter's calls depend on beside the gradients, of
-            the used examples, by `id` of the adapter and place of the call.
+        inputs: Of input factors: what the rows count.
+        outputs: Of output factors: the number of examples.
     """
 
-    forward_pass: ForwardPass
-    coefficients: Sequence[tf.Tensor]
-    weights: tf.Tensor
-    is_weighted: bool
-    examples: tf.Tensor | None
-    batch: tf.Tensor
-    scale: tf.Tensor
-    observed: dict[int, dict[int, Sequence[Any]]]
+    inputs: tf.Tensor
+    outputs: tf.Tensor
 
-    @property
-    def terms(self) -> list[tuple[Term, tf.Tensor]]:
-        """The terms of the loss, with their coefficients."""
-        return list(zip(self.forward_pass.terms, self.coefficients))
 
-    def example_weights(self) -> tf.Tensor | None:
-        """What each used example contributes to the loss; `None` if all the same."""
-        return self.weights[: self.examples] if self.is_weighted else None
+class BatchStatistics(NamedTuple):
+    """Factors of all layers that took part, and their weights, by `id` of the adapter."""
 
-    def used(self, tensor: tf.Tensor) -> tf.Tensor:
-        """What a tensor of a layer holds of the used examples.
-
-        One whose first axis is not the batch is all used.
-        """
-        if self.examples is None:
-            return tensor
-        return tensor[: tf.where(self._has_batch(tensor), self.examples, tf.shape(tensor)[0])]
-
-    def scale_of(self, tensor: tf.Tensor) -> tf.Tensor:
-        """What sums over that are to be multiplied by to stand for the whole batch."""
-        if self.examples is None:
-            return self.scale
-        return tf.where(self._has_batch(tensor), self.scale, 1)
-
-    def _has_batch(self, tensor: tf.Tensor) -> tf.Tensor:
-        return tf.equal(tf.shape(tensor)[0], self.batch)
+    layers: dict[int, LayerStatistics]
+    weights: dict[int, BatchWeights]
 
 
 def collect(
@@ -126,11 +96,14 @@ def collect(
     """
     uses = [u for a in adapters for u in a.uses if any(u.calls(p) for p in passes)]
     part = SAMPLED_PART if fisher in (Fisher.SAMPLED, Fisher.PROPAGATED) else WHOLE
-    scored = [_score(forward_pass, uses, part, dtype) for forward_pass in passes]
     output_factors = {id(u): tf.zeros((), dtype) for u in uses}
-    for index, item in enumerate(scored):
-        pass_seed = tf.random.experimental.stateless_fold_in(seed, index)
-        called = [u for u in uses if u.calls(item.forward_pass)]
+    weighted = []
+    for index, forward_pass in enumerate(passes):
+        pass_seed = _fold(seed, index)
+        item = ScoredPass.of(forward_pass, uses, part, _fold(pass_seed, _PART), dtype)
+        called = [u for u in uses if u.calls(forward_pass)]
+        counting = [u for u in called if u.averages_inputs]
+        weighted.append((item, item.row_weights(counting, _fold(pass_seed, _PROBE), dtype)))
         if fisher is Fisher.EXACT:
             parts = _exact(item, called, dtype)
         elif fisher is Fisher.EMPIRICAL:
@@ -141,81 +114,57 @@ def collect(
             parts = _mean_of_draws(item, called, fisher, samples, pass_seed, dtype)
         for key, factor in parts.items():
             output_factors[key] += factor
-    found = {id(u): (_input_factor(u, scored, dtype), output_factors[id(u)]) for u in uses}
-    layers: dict[int, LayerStatistics] = {}
+    inputs = {id(u): _input_factor(u, weighted, dtype) for u in uses}
+    examples = sum(tf.cast(item.batch, dtype) for item, _ in weighted)
+    result = BatchStatistics({}, {})
     for adapter in adapters:
-        of_uses = [(u, found[id(u)]) for u in adapter.uses if id(u) in found]
-        if of_uses:
-            layers[id(adapter)] = LayerStatistics(*adapter.joined(of_uses))
-    return BatchStatistics(layers, tf.add_n([_examples(item, dtype) for item in scored]))
+        own = [u for u in adapter.uses if id(u) in inputs]
+        if own:
+            pairs = [(u, (inputs[id(u)][0], output_factors[id(u)])) for u in own]
+            counted = tf.add_n([inputs[id(u)][1] for u in own])
+            result.layers[id(adapter)] = LayerStatistics(*adapter.joined(pairs))
+            result.weights[id(adapter)] = BatchWeights(counted, examples)
+    return result
 
 
-def _score(
-    forward_pass: ForwardPass,
-    adapters: Sequence[LayerAdapter],
-    part: BatchPart,
-    dtype: tf.DType,
-) -> _ScoredPass:
-    terms = forward_pass.terms
-    coefficients = [term.coefficients() for term in terms]
-    each = [tf.reduce_sum(c, axis=list(range(1, c.shape.rank))) for c in coefficients]
-    weights = tf.add_n([tf.cast(weights, dtype) for weights in each])
-    examples = None if part.is_whole else examples_of(part, coefficients)
-    is_weighted = any(term.is_weighted for term in terms)
-    scale = tf.ones((), dtype) if examples is None else whole_over_part(weights, examples)
-    batch = tf.shape(weights)[0]
-    item = _ScoredPass(forward_pass, coefficients, weights, is_weighted, examples, batch, scale, {})
-
-    def used(thing: Any) -> Any:
-        return item.used(tf.cast(thing, dtype)) if tf.is_tensor(thing) else thing
-
-    for adapter in adapters:
-        item.observed[id(adapter)] = {
-            index: tf.nest.map_structure(used, adapter.observed(call))
-            for index, call in adapter.calls(forward_pass).items()
-        }
-    return item
-
-
-def _examples(item: _ScoredPass, dtype: tf.DType) -> tf.Tensor:
-    weights = item.example_weights()
-    if weights is None:
-        return tf.cast(tf.shape(item.weights[: item.examples])[0], dtype)
-    return tf.reduce_sum(tf.cast(weights > 0, dtype))
+def _fold(seed: tf.Tensor, index: int) -> tf.Tensor:
+    return tf.random.experimental.stateless_fold_in(seed, index)
 
 
 def _input_factor(
-    adapter: LayerAdapter, scored: Sequence[_ScoredPass], dtype: tf.DType
-) -> tf.Tensor:
-    total, weight = tf.zeros((), dtype), tf.zeros((), dtype)
-    for item in scored:
-        example_weights = item.example_weights()
-        for index, call in adapter.calls(item.forward_pass).items():
-            observed = item.observed[id(adapter)][index]
+    adapter: LayerAdapter, weighted: Sequence[tuple[ScoredPass, Placed]], dtype: tf.DType
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The input factor, and its weight beside those of other batches."""
+    total, weight, batches = (tf.zeros((), dtype) for _ in range(3))
+    for item, row_weights in weighted:
+        batches += tf.cast(item.batch, dtype) if item.is_weighted else 1
+        for place, call in adapter.calls(item.forward_pass).items():
             _check_batch(adapter, call.inputs, item)
             inputs = tf.nest.map_structure(item.used, call.inputs)
             scale = item.scale_of(tf.nest.flatten(call.inputs)[0])
+            weights = row_weights.get(id(adapter), {}).get(place)
             # What takes a part of the batch takes a part of the positions, too.
-            part = adapter if item.examples is None else adapter.thinned(inputs)
-            moment, moment_weight = part.input_moment(inputs, example_weights, dtype, *observed)
+            part = adapter if item.places is None else adapter.thinned(inputs)
+            observed = item.observed[id(adapter)][place]
+            moment, moment_weight = part.input_moment(inputs, weights, dtype, *observed)
             total, weight = total + scale * moment, weight + scale * moment_weight
-    return tf.math.divide_no_nan(total, weight)
+    return tf.math.divide_no_nan(total, weight), batches * weight
 
 
-def _check_batch(adapter: LayerAdapter, inputs: Any, item: _ScoredPass) -> None:
+def _check_batch(adapter: LayerAdapter, inputs: Any, item: ScoredPass) -> None:
     if not item.is_weighted:
         return
     for own in tf.nest.flatten(inputs):
-        if not own.shape[:1].is_compatible_with(item.weights.shape):
+        if not own.shape[:1].is_compatible_with(item.coefficients[0].shape[:1]):
             raise ValueError(
                 "With sample weights or masks, K-FAC needs the same batch axis in a layer's input "
                 f"and in the model's output. Received: layer {adapter.layer.name!r} with inputs of "
-                f"shape {own.shape} and weights of shape {item.weights.shape}"
+                f"shape {own.shape} and weights of shape {item.coefficients[0].shape[:1]}"
             )
 
 
 def _output_factors(
-    item: _ScoredPass,
+    item: ScoredPass,
     adapters: Sequence[LayerAdapter],
     targets: tf.Tensor | Sequence[tf.Tensor],
     vectors: Sequence[tf.Tensor] | None,
@@ -226,9 +175,8 @@ def _output_factors(
     gradients = item.forward_pass.output_gradients(layers, targets, vectors)
 
     def factor(adapter: LayerAdapter, gradient: Any, observed: Sequence[Any]) -> tf.Tensor:
-        used = tf.nest.map_structure(lambda g: item.used(tf.cast(g, dtype)), gradient)
-        scale = item.scale_of(tf.nest.flatten(gradient)[0])
-        return scale * adapter.output_factor(used, *observed)
+        used = tf.nest.map_structure(lambda g: item.used(g, dtype), gradient)
+        return adapter.output_factor(used, *observed)
 
     def sum_over_calls(adapter: LayerAdapter) -> tf.Tensor:
         observed = item.observed[id(adapter)].items()
@@ -243,7 +191,7 @@ def _root(coefficients: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
 
 
 def _mean_of_draws(
-    item: _ScoredPass,
+    item: ScoredPass,
     adapters: Sequence[LayerAdapter],
     fisher: Fisher,
     samples: int,
@@ -252,13 +200,13 @@ def _mean_of_draws(
 ) -> dict[int, tf.Tensor]:
     draws = []
     for index in range(samples):
-        own_seed = tf.random.experimental.stateless_fold_in(seed, index) if index else seed
+        own_seed = _fold(seed, index) if index else seed
         draws.append(_drawn(item, adapters, fisher, own_seed, dtype))
     return {key: tf.add_n([draw[key] for draw in draws]) / samples for key in draws[0]}
 
 
 def _drawn(
-    item: _ScoredPass,
+    item: ScoredPass,
     adapters: Sequence[LayerAdapter],
     fisher: Fisher,
     seed: tf.Tensor,
@@ -269,7 +217,7 @@ def _drawn(
     vectors: list[tf.Tensor] = []
     for index, (term, coefficients) in enumerate(item.terms):
         outputs, likelihood = term.differentiable(term.outputs)
-        own_seed = tf.random.experimental.stateless_fold_in(seed, index)
+        own_seed = _fold(seed, index)
         draw = likelihood.sampled_vector
         if fisher is Fisher.PROPAGATED:
             draw = likelihood.propagated_vector
@@ -280,7 +228,7 @@ def _drawn(
 
 
 def _exact(
-    item: _ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
+    item: ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
 ) -> dict[int, tf.Tensor]:
     sums = {id(a): tf.zeros(a.factor_shapes[1], dtype) for a in adapters}
     for term, coefficients in item.terms:
@@ -290,7 +238,7 @@ def _exact(
 
 
 def _exact_of_term(
-    item: _ScoredPass,
+    item: ScoredPass,
     term: Term,
     coefficients: tf.Tensor,
     adapters: Sequence[LayerAdapter],
@@ -321,7 +269,7 @@ def _exact_of_term(
 
 
 def _empirical(
-    item: _ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
+    item: ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
 ) -> dict[int, tf.Tensor]:
     """Gradients of the training loss, scaled so that the outer products are on the Fisher's scale.
 
@@ -335,7 +283,7 @@ def _empirical(
 
 
 def _forward_only(
-    item: _ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
+    item: ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
 ) -> dict[int, tf.Tensor]:
     """The identity, times the weight between loss and negative log-likelihood of all terms.
 

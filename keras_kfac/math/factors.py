@@ -36,7 +36,8 @@ def row_weights(example_weights: tf.Tensor | None, mask: tf.Tensor) -> tf.Tensor
     """Spreads the weight of an example over those of its positions that count.
 
     Args:
-        example_weights: `[batch]`; `None` weights all examples alike.
+        example_weights: `[batch]`; `None` weights all examples alike. Weights of positions,
+            `[batch, positions]`, are masked.
         mask: `[batch, positions]`, 1 for the positions that count and 0 for the others.
 
     Returns:
@@ -48,6 +49,8 @@ def row_weights(example_weights: tf.Tensor | None, mask: tf.Tensor) -> tf.Tensor
     >>> row_weights(tf.constant([3.0, 1.0]), mask).numpy().tolist()
     [[3.0, 3.0], [2.0, 0.0]]
     """
+    if example_weights is not None and example_weights.shape.rank == 2:
+        return mask * tf.cast(example_weights, mask.dtype)
     weights = tf.math.divide_no_nan(mask, tf.reduce_mean(mask, axis=1, keepdims=True))
     if example_weights is None:
         return weights

@@ -19,7 +19,7 @@ def masked_moment(
 
     Args:
         rows: `[..., batch, positions, d]`.
-        example_weights: `[batch]`, or `None`.
+        example_weights: `[batch]`, or of rows `[batch, positions]`, or `None`.
         masks: None, or one `[batch, steps]`. Steps may consist of several positions each.
         structure: What to compute of the matrix.
     """
@@ -30,10 +30,21 @@ def masked_weights(
     rows: tf.Tensor, example_weights: tf.Tensor | None, masks: Sequence[tf.Tensor]
 ) -> tf.Tensor | None:
     """Weights of rows `[batch, positions, d]`, of examples if there is no mask."""
-    weights = example_weights
+    positions, weights = rows.shape[-2], example_weights
+    if weights is not None and weights.shape.rank == 2:
+        is_same = tf.TensorShape([positions]).is_compatible_with(weights.shape[1:])
+        if positions == 1 or not is_same:  # One row for all positions, or of some of them only.
+            weights = of_examples(weights)
     for mask in masks:
         weights = factors.row_weights(weights, stretched(mask, rows))
     return weights
+
+
+def of_examples(weights: tf.Tensor | None) -> tf.Tensor | None:
+    """Weights of examples `[batch]`, from those of their positions `[batch, positions]`, if so."""
+    if weights is None or weights.shape.rank == 1:
+        return weights
+    return tf.reduce_mean(weights, axis=1)
 
 
 def stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:

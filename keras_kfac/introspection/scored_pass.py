@@ -1,0 +1,154 @@
+"""A forward pass with what each example, and each position, counts in the loss."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import tensorflow as tf
+
+from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.batch_part import BatchPart, places_of, whole_over_part
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import Term
+from keras_kfac.math import factors
+from keras_kfac.math.linalg import with_rank
+
+Placed = dict[int, dict[Any, Any]]
+"""Of each adapter and each of its calls: by `id` of the adapter and place of the call."""
+
+
+class ScoredPass(NamedTuple):
+    """A forward pass with the derivatives of the loss by the loss at each output position.
+
+    Attributes:
+        forward_pass: The pass.
+        coefficients: These, for each term of the loss; of a part of the batch such that it stands
+            for the whole, and 0 elsewhere.
+        weights: What the examples in use count in each term, `[used]`.
+        total: What all examples count, in all terms.
+        is_weighted: Whether examples can count differently.
+        places: Which examples are used, `[used]`; `None` for all.
+        batch: The number of all examples.
+        scale: What sums over inputs of these are to be multiplied by to stand for the whole batch.
+        observed: What the output rows of each call depend on beside the gradients, of the examples
+            in use.
+    """
+
+    forward_pass: ForwardPass
+    coefficients: Sequence[tf.Tensor]
+    weights: Sequence[tf.Tensor]
+    total: tf.Tensor
+    is_weighted: bool
+    places: tf.Tensor | None
+    batch: tf.Tensor
+    scale: tf.Tensor
+    observed: Placed
+
+    @classmethod
+    def of(
+        cls,
+        forward_pass: ForwardPass,
+        adapters: Sequence[LayerAdapter],
+        part: BatchPart,
+        seed: tf.Tensor,
+        dtype: tf.DType,
+    ) -> Self:
+        """Finds out what counts.
+
+        Args:
+            forward_pass: The pass, with its terms.
+            adapters: Those whose statistics are wanted.
+            part: How much of the batch to use.
+            seed: Stateless seed, int32 `[2]`, of the choice.
+            dtype: Of the statistics.
+        """
+        coefficients = [tf.cast(term.coefficients(), dtype) for term in forward_pass.terms]
+        each = [tf.reduce_sum(c, axis=list(range(1, c.shape.rank))) for c in coefficients]
+        weights = tf.add_n(each)
+        is_weighted = any(term.is_weighted for term in forward_pass.terms)
+        batch, places, scale = tf.shape(weights)[0], None, tf.ones((), dtype)
+        if not part.is_whole:
+            places = places_of(part, coefficients, seed)
+            scale = whole_over_part(weights, places)
+            is_used = tf.scatter_nd(places[:, tf.newaxis], tf.ones_like(places), [batch])
+            coefficients = [
+                c * with_rank(tf.cast(is_used, dtype) * whole_over_part(c, places), c.shape.rank)
+                for c in coefficients
+            ]
+            each = [tf.gather(own, places) for own in each]
+        item = cls(
+            forward_pass,
+            coefficients,
+            each,
+            tf.reduce_sum(weights),
+            is_weighted,
+            places,
+            batch,
+            scale,
+            {},
+        )
+        for adapter in adapters:
+            item.observed[id(adapter)] = {
+                place: tf.nest.map_structure(lambda x: item.used(x, dtype), adapter.observed(call))
+                for place, call in adapter.calls(forward_pass).items()
+            }
+        return item
+
+    @property
+    def terms(self) -> list[tuple[Term, tf.Tensor]]:
+        """The terms of the loss, with their coefficients."""
+        return list(zip(self.forward_pass.terms, self.coefficients))
+
+    def used(self, thing: Any, dtype: tf.DType | None = None) -> Any:
+        """What something of a layer holds of the examples in use: a tensor, or what finds some.
+
+        A tensor whose first axis is not the batch is all used.
+        """
+        if not tf.is_tensor(thing):
+            is_whole = self.places is None or not hasattr(thing, "of_examples")
+            return thing if is_whole else thing.of_examples(self.places)
+        tensor = thing if dtype is None else tf.cast(thing, dtype)
+        if self.places is None:
+            return tensor
+        has_batch, count = self._has_batch(tensor), tf.shape(self.places)[0]
+        # No branch: there are tensors of every layer, and branches take long to trace.
+        numbers = tf.range(tf.where(has_batch, count, tf.shape(tensor)[0]))
+        places = tf.gather(self.places, tf.minimum(numbers, count - 1))
+        return tf.gather(tensor, tf.where(has_batch, places, numbers))
+
+    def scale_of(self, tensor: tf.Tensor) -> tf.Tensor:
+        """What sums over inputs are to be multiplied by to stand for the whole batch."""
+        if self.places is None:
+            return self.scale
+        return tf.where(self._has_batch(tensor), self.scale, 1)
+
+    def _has_batch(self, tensor: tf.Tensor) -> tf.Tensor:
+        return tf.equal(tf.shape(tensor)[0], self.batch)
+
+    def row_weights(
+        self, adapters: Sequence[LayerAdapter], seed: tf.Tensor, dtype: tf.DType
+    ) -> Placed:
+        """What each row of inputs counts, `[used, positions]`; nothing if all count the same.
+
+        An example counts what it does in the terms of the loss that the layer has a part in, spread
+        over those of its positions that do. One pass backwards for each term tells which these
+        are: there the gradient of random numbers is not zero.
+        """
+        if not self.is_weighted:
+            return {}
+        layers = [layer for adapter in adapters for layer in adapter.layers]
+        found: Placed = {}
+        for index, (term, coefficients) in enumerate(self.terms):
+            outputs, _ = term.differentiable(term.outputs)
+            own_seed = tf.random.experimental.stateless_fold_in(seed, index)
+            vector = tf.random.stateless_normal(tf.shape(outputs), own_seed, dtype=outputs.dtype)
+            vector *= with_rank(tf.cast(coefficients > 0, vector.dtype), vector.shape.rank)
+            gradients = self.forward_pass.output_gradients(layers, outputs, vector)
+            for adapter in adapters:
+                mine = found.setdefault(id(adapter), {})
+                for place, seen in self.observed[id(adapter)].items():
+                    arrived = adapter.arrived(gradients, place)
+                    own = tf.nest.map_structure(lambda g: self.used(g, dtype), arrived)
+                    counts = tf.cast(adapter.counting_rows(own, *seen), dtype)
+                    weights = factors.row_weights(self.weights[index], counts)
+                    mine[place] = mine[place] + weights if place in mine else weights
+        return found
