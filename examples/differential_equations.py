@@ -174,6 +174,7 @@ class Task:
 # ---- Optimizers: of a task, a function that trains for a round and returns the number of steps ---
 
 Round = Callable[[float], int]  # of the part of the seconds that is over
+MakeRound = Callable[[Task], Round]
 
 
 def by_natural_gradient(task: Task) -> Round:
@@ -228,30 +229,37 @@ def by_lbfgs(task: Task) -> Round:
             loss = task.loss()
         return loss, flat(tape.gradient(loss, task.variables))
 
-    @tf.function
-    def minimize(state: Any, count: tf.Tensor) -> Any:
+    def minimize(start: tf.Tensor | None, state: Any, steps: int | tf.Tensor) -> Any:
         result = tfp.optimizer.lbfgs_minimize(
             value_and_gradient,
-            initial_position=flat(task.variables) if state is None else None,
+            initial_position=start,
             previous_optimizer_results=state,
             num_correction_pairs=50,
-            max_iterations=count,
             tolerance=0.0,
+            max_iterations=steps,
         )
         assign(result.position)
         return result
 
-    state, before = None, 0
+    def begin() -> Any:  # no step, so nothing to compile
+        return minimize(flat(task.variables), None, 0)
 
-    def go_on(over: float) -> int:
-        nonlocal state, before
-        state = minimize(state, tf.constant(before + ROUND))
-        steps, before = int(state.num_iterations) - before, int(state.num_iterations)
+    @tf.function
+    def go_on(state: Any) -> Any:
+        return minimize(None, state, state.num_iterations + ROUND)
+
+    state = begin()
+
+    def some_steps(over: float) -> int:
+        nonlocal state
+        before = int(state.num_iterations)
+        state = go_on(state)
+        steps = int(state.num_iterations) - before
         if bool(state.failed) or bool(state.converged):
-            state, before = None, 0
+            state = begin()
         return steps
 
-    return go_on
+    return some_steps
 
 
 def by_adam(task: Task, rate: float = ADAM_RATE) -> Round:
@@ -266,15 +274,15 @@ def by_adam(task: Task, rate: float = ADAM_RATE) -> Round:
                 loss = task.loss()
             optimizer.apply(tape.gradient(loss, task.variables))
 
-    def go_on(over: float) -> int:
+    def some_steps(over: float) -> int:
         optimizer.learning_rate = rate * ADAM_DECAY**over
         steps()
         return ROUND
 
-    return go_on
+    return some_steps
 
 
-OPTIMIZERS: dict[str, Callable[[Task], Round]] = {
+OPTIMIZERS: dict[str, MakeRound] = {
     "natural gradient": by_natural_gradient,
     "L-BFGS": by_lbfgs,
     "Adam": by_adam,
