@@ -149,6 +149,7 @@ class Task:
             [keras.Input((2,), dtype=DTYPE), hidden, keras.layers.Dense(1, dtype=DTYPE)]
         )
         self.variables = [v.value for v in self.model.trainable_variables]
+        self.loss = tf.function(self._loss, jit_compile=True)
         self.error = tf.function(self._error)
 
     def equation(self, points: tf.Tensor) -> tf.Tensor:
@@ -161,7 +162,7 @@ class Task:
         missing = self.model(points)[:, 0] - self._equation.solution(points)
         return missing / self.edge.shape[0] ** 0.5
 
-    def loss(self) -> tf.Tensor:
+    def _loss(self) -> tf.Tensor:
         """Half the sum of the squares of all residuals."""
         return tf.nn.l2_loss(self.equation(self.inside)) + tf.nn.l2_loss(self.boundary(self.edge))
 

@@ -63,8 +63,8 @@ def natural_gradient(
         Loss, gradients and directions `(Jᵀ J + λ I)⁻¹ ∇`.
 
     Raises:
-        ValueError: Without variables, for a negative damping or cut-off, or if the residuals depend
-            on none of the variables.
+        ValueError: Without variables, for a negative damping or cut-off, for points of another
+            structure than the functions, or if the residuals depend on none of the variables.
 
     Example:
     >>> w = keras.Variable([0.0, 0.0], dtype="float64")
@@ -102,13 +102,17 @@ def natural_gradient(
 def _linearised(residual_fn: Any, points: Any, variables: Sequence[tf.Variable]) -> Linearised:
     if points is None:
         return linearised(residual_fn, variables)
-    parts: list[Linearised] = []
-    keras.tree.map_structure_up_to(
-        residual_fn,
-        lambda fn, where: parts.append(linearised_at(where, fn, variables)),
-        residual_fn,
-        points,
-    )
+    pairs: list[tuple[Any, Any]] = []
+    try:
+        keras.tree.map_structure_up_to(
+            residual_fn, lambda *pair: pairs.append(pair), residual_fn, points
+        )
+    except ValueError as error:
+        raise ValueError(
+            "`points` must have a part for each function of `residual_fn`, in the same structure. "
+            f"Received: {error}"
+        ) from error
+    parts = [linearised_at(where, fn, variables) for fn, where in pairs]
     return Linearised(
         tf.concat([part.residuals for part in parts], axis=0),
         tf.concat([part.jacobian for part in parts], axis=0),

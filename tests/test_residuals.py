@@ -143,6 +143,7 @@ def test_works_in_graphs_and_by_points(jit_compile):
 
 
 def test_a_point_may_have_several_parts_and_residuals():
+    """Also where the number of points is not known when the graph is made."""
     w, idle, v = (tf.Variable(RNG.normal(size=n)) for n in (3, 2, 4))
     x, y = tf.constant(RNG.normal(size=(9, 3))), tf.constant(RNG.normal(size=(9, 1, 4)))
 
@@ -152,7 +153,12 @@ def test_a_point_may_have_several_parts_and_residuals():
         return across * tf.tanh(x @ w[:, None]), [across[:, 0] ** 2]
 
     whole = natural_gradient(lambda: fn((x, y)), [w, idle, v], 0.1)
-    by_points = natural_gradient(fn, [w, idle, v], 0.1, points=(x, y))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in (x, y)])
+    def by_points_of(x, y):
+        return natural_gradient(fn, [w, idle, v], 0.1, points=(x, y))
+
+    by_points = by_points_of(x, y)
     assert_close(by_points.loss, whole.loss, 1e-12)
     assert_close(flat(by_points.gradients), flat(whole.gradients), 1e-12)
     assert_close(flat(by_points.directions), flat(whole.directions), 1e-10)
@@ -189,6 +195,8 @@ def test_wrong_uses_are_refused():
         natural_gradient(lambda: w, [w], damping=-1)
     with pytest.raises(ValueError, match=r"`cutoff` must be at least 0. Received: cutoff=-1"):
         natural_gradient(lambda: w, [w], cutoff=-1)
+    with pytest.raises(ValueError, match=r"(?s)must have a part for each function of .* Received"):
+        natural_gradient([lambda x: x, lambda x: x], [w], points=[tf.ones([3, 1])])
     none = r"(?s)depend on none of the variables. `residual_fn` has to compute .* Received: "
     with pytest.raises(ValueError, match=none):
         natural_gradient(lambda: tf.constant([1.0]), [w])

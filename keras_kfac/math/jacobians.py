@@ -24,7 +24,7 @@ def linearised(residual_fn: Callable[[], Any], variables: Sequence[tf.Variable])
     """Residuals of any kind, by a pass backwards for each, all at once.
 
     Args:
-        residual_fn: Returns a tensor or a structure of them, of static shapes.
+        residual_fn: Returns a tensor or a structure of them.
         variables: Those to differentiate by.
 
     Example:
@@ -48,7 +48,7 @@ def linearised_at(
     what a gradient of the sum does.
 
     Args:
-        points: A tensor `[points, ...]`, or a structure of them, of static shapes.
+        points: A tensor `[points, ...]`, or a structure of them.
         residual_fn: Maps one point, as a batch `[1, ...]`, to a tensor or a structure of them.
         variables: Those to differentiate by.
 

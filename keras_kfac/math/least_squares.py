@@ -15,7 +15,7 @@ def natural_direction(
     """`(Jᵀ J + λ I)⁻¹ Jᵀ r`.
 
     Args:
-        jacobian: `J`, `[residuals, weights]`, of static shape.
+        jacobian: `J`, `[residuals, weights]`; how many weights there are has to be known.
         residuals: `r`, `[residuals]`.
         damping: `λ >= 0`.
         cutoff: Directions in which a singular value of `J` is at most this part of the largest are
@@ -35,8 +35,9 @@ def natural_direction(
     [3.0, 0.0]
     """
     count, weights = jacobian.shape
+    rank = weights if count is None else min(count, weights)
     eps = float(np.finfo(jacobian.dtype.as_numpy_dtype).eps)
-    resolved = (min(count, weights) * eps) ** 0.5
+    resolved = (rank * eps) ** 0.5
     if cutoff is not None and cutoff < resolved:
         values, left, right = tf.linalg.svd(jacobian)
         kept = values > cutoff * values[0]
@@ -46,7 +47,7 @@ def natural_direction(
         return tf.linalg.matvec(right, inverted * turned)
     least = resolved if cutoff is None else cutoff
     column = residuals[:, tf.newaxis]
-    if count < weights:
+    if rank < weights:
         matrix = tf.matmul(jacobian, jacobian, transpose_b=True)
         inner = _solve(matrix, column, damping, least**2)
         return tf.matmul(jacobian, inner, transpose_a=True)[:, 0]
