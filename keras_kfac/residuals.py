@@ -54,10 +54,10 @@ def natural_gradient(
         points: Where each residual depends on one point alone: a tensor `[points, ...]`, or a
             structure of them, for each function of `residual_fn`. It is called with one point at a
             time, as a batch `[1, ...]`, in `tf.vectorized_map`.
-        cutoff: Directions in which a singular value of `J` is at most this part of the largest are
-            left out. By default those that `Jᵀ J` has lost to rounding, 2e-7 of the largest for 250
-            weights in float64. A smaller part takes the singular values of `J` itself: about four
-            times as long, and more accurate.
+        cutoff: Directions in which a singular value of `J` (damped, `√(σ² + λ)`) is at most this
+            part of the largest are left out. By default those that `Jᵀ J` has lost to rounding,
+            2e-7 of the largest for 250 weights in float64. A smaller part takes the singular values
+            of `J` itself: about four times as long, and more accurate.
 
     Returns:
         Loss, gradients and directions `(Jᵀ J + λ I)⁻¹ ∇`.

@@ -88,11 +88,10 @@ def _side_by_side(
     parts: Sequence[tf.Tensor | None], variables: Sequence[tf.Variable], residuals: tf.Tensor
 ) -> tuple[tf.Tensor, bool]:
     """Derivatives by each variable as one matrix, and whether there are any."""
-    count = residuals.shape[0]
     columns = []
     for part, variable in zip(parts, variables):
-        shape = [count, variable.shape.num_elements()]
-        columns.append(
-            tf.zeros(shape, residuals.dtype) if part is None else tf.reshape(part, shape)
-        )
+        size = variable.shape.num_elements()
+        if part is None:
+            part = tf.zeros([tf.size(residuals), size], residuals.dtype)
+        columns.append(tf.reshape(part, [-1, size]))
     return tf.concat(columns, axis=1), any(part is not None for part in parts)

@@ -18,11 +18,11 @@ def natural_direction(
         jacobian: `J`, `[residuals, weights]`; how many weights there are has to be known.
         residuals: `r`, `[residuals]`.
         damping: `λ >= 0`.
-        cutoff: Directions in which a singular value of `J` is at most this part of the largest are
-            left out: undamped, the result is that of the pseudo-inverse. By default those that the
-            smaller of `Jᵀ J` and `J Jᵀ` has lost to rounding, of which the eigenvalues are taken.
-            For a smaller part the singular values of `J` itself are, which takes about four times
-            as long.
+        cutoff: Directions in which `√(σ² + λ)`, with the singular value `σ` of `J`, is at most this
+            part of the largest `σ` are left out: undamped, the result is that of the
+            pseudo-inverse. By default those that the smaller of `Jᵀ J` and `J Jᵀ` has lost to
+            rounding, of which the eigenvalues are taken. For a smaller part the singular values of
+            `J` itself are, which takes about four times as long.
 
     Returns:
         `[weights]`.
@@ -40,9 +40,7 @@ def natural_direction(
     resolved = (rank * eps) ** 0.5
     if cutoff is not None and cutoff < resolved:
         values, left, right = tf.linalg.svd(jacobian)
-        kept = values > cutoff * values[0]
-        inverted = tf.math.divide_no_nan(values, values**2 + scalar(damping, jacobian.dtype))
-        inverted = tf.where(kept, inverted, tf.zeros_like(values))
+        inverted = values * _inverted(values**2, values[0] ** 2, damping, cutoff**2)
         turned = tf.linalg.matvec(left, residuals, transpose_a=True)
         return tf.linalg.matvec(right, inverted * turned)
     least = resolved if cutoff is None else cutoff
@@ -61,7 +59,14 @@ def _solve(
 ) -> tf.Tensor:
     """`(M + λ I)⁻¹ y` of a positive semi-definite matrix."""
     values, vectors = eigen_decomposition(matrix)
-    damped = values + scalar(damping, matrix.dtype)
-    inverted = tf.where(damped > least * values[-1], 1 / damped, tf.zeros_like(damped))
+    inverted = _inverted(values, values[-1], damping, least)
     turned = tf.matmul(vectors, column, transpose_a=True)
     return tf.matmul(vectors, inverted[:, tf.newaxis] * turned)
+
+
+def _inverted(
+    values: tf.Tensor, largest: tf.Tensor, damping: float | tf.Tensor, least: float
+) -> tf.Tensor:
+    """`1 / (values + λ)`, and 0 where that is at most a part `least` of the largest value."""
+    damped = values + scalar(damping, values.dtype)
+    return tf.where(damped > least * largest, 1 / damped, tf.zeros_like(damped))
