@@ -41,7 +41,10 @@ def test_edges_are_those_with_a_condition(example):
     assert len(edges) == 12 and sum(edges[:, 0] == 1.0) == 2
 
 
-@pytest.mark.parametrize("name", ["natural gradient", "L-BFGS", "Adam"])
+LBFGS = pytest.param("L-BFGS", marks=pytest.mark.slow)  # XLA takes long to compile it
+
+
+@pytest.mark.parametrize("name", ["natural gradient", LBFGS, "Adam"])
 def test_optimizers_lower_the_loss(example, name, monkeypatch):
     monkeypatch.setattr(example, "ROUND", 3)
     task = example.Task(example.EQUATIONS["heat"], seed=0, size=6, width=6)
