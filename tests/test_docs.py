@@ -33,6 +33,7 @@ PAGES = {
     "curvature.md": [r"first +Conv2D +80 +ekfac", r"dense +Dense .* kronecker", r"logits .* full"],
     "layers.md": [r"Gate +3 +full", r"Centred +32 +kronecker"],
     "likelihoods.md": [r"^\(8, 8\) \[", r"trace +largest +damping +above the damping$"],
+    "residuals.md": [r"^largest error: \de-0[5-9]"],
     "weight-sharing.md": [
         r"first .* reduce: 'average' averages over positions$",
         r"second .* reduce: as set$",

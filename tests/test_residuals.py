@@ -21,10 +21,10 @@ def network(width=5):
     )
 
 
-def laplace_residuals(model, points):
-    """Those of Laplace's equation, and of a boundary condition."""
+def laplace(model):
+    """Residuals of Laplace's equation at points, and of a boundary condition."""
 
-    def residuals():
+    def inside(points):
         with tf.GradientTape(persistent=True) as outer:
             outer.watch(points)
             with tf.GradientTape() as inner:
@@ -32,9 +32,15 @@ def laplace_residuals(model, points):
                 u = model(points)
             first = tf.unstack(inner.gradient(u, points), axis=1)
         second = [outer.gradient(f, points)[:, i] for i, f in enumerate(first)]
-        return {"inside": tf.add_n(second), "boundary": model(points[:3]) - 1.0}
+        return tf.add_n(second)
 
-    return residuals
+    return {"inside": inside, "boundary": lambda points: model(points) - 1.0}
+
+
+def laplace_residuals(model, points):
+    functions = laplace(model)
+    where = {"inside": points, "boundary": points[:3]}
+    return lambda: {name: function(where[name]) for name, function in functions.items()}
 
 
 def flat(tensors):
@@ -74,6 +80,35 @@ def test_direction_is_that_of_the_pseudo_inverse(shape):
     assert_close(natural_direction(tf.constant(j), tf.constant(r)), expected)
 
 
+def ill_conditioned(shape):
+    """A matrix with singular values from 1 to 1e-11."""
+    left, right = (np.linalg.qr(RNG.normal(size=(n, 12)))[0] for n in shape)
+    return left * 10.0 ** -np.arange(12) @ right.T
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+class TestCutoff:
+    @pytest.mark.parametrize("cutoff", [3e-3, 3e-10])
+    def test_leaves_out_smaller_singular_values(self, shape, cutoff):
+        j, r = ill_conditioned(shape), RNG.normal(size=shape[0])
+        found = natural_direction(tf.constant(j), tf.constant(r), cutoff=cutoff)
+        # The smallest singular value that is kept is known to eps / cutoff.
+        assert_close(found, np.linalg.pinv(j, rcond=cutoff) @ r, 1e-15 / cutoff * 10)
+
+    def test_without_one_keeps_what_products_resolve(self, shape):
+        j, r = ill_conditioned(shape), RNG.normal(size=shape[0])
+        found = natural_direction(tf.constant(j), tf.constant(r))
+        resolved = (12 * np.finfo("float64").eps) ** 0.5
+        assert_close(found, np.linalg.pinv(j, rcond=resolved) @ r, 0.1)
+
+    def test_small_ones_are_damped_exactly(self, shape):
+        j, r, damping = ill_conditioned(shape), RNG.normal(size=shape[0]), 1e-18
+        found = natural_direction(tf.constant(j), tf.constant(r), damping, cutoff=0.0)
+        u, s, vt = np.linalg.svd(j, full_matrices=False)
+        expected = vt.T @ (s / (s**2 + damping) * (u.T @ r))
+        assert_close(found, expected, 1e-4)
+
+
 def test_one_step_solves_a_linear_problem():
     x, y = RNG.normal(size=(20, 3)), RNG.normal(size=20)
     w = tf.Variable(np.zeros(3))
@@ -83,17 +118,51 @@ def test_one_step_solves_a_linear_problem():
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_works_in_graphs(jit_compile):
+def test_works_in_graphs_and_by_points(jit_compile):
+    """One pass for all points finds what one for each residual does."""
     model, points = network(), tf.constant(RNG.normal(size=(12, 2)))
     residuals = laplace_residuals(model, points)
     variables = model.trainable_variables
-    compiled = tf.function(
-        lambda: natural_gradient(residuals, variables, 0.1), jit_compile=jit_compile
-    )
+
+    @tf.function(jit_compile=jit_compile)
+    def compiled():
+        where = {"inside": points, "boundary": points[:3]}
+        return (
+            natural_gradient(residuals, variables, 0.1),
+            natural_gradient(laplace(model), variables, 0.1, points=where),
+        )
+
+    whole, by_points = compiled()
+    # Structures are flattened by the order of their keys, here as there.
+    assert_close(by_points.loss, whole.loss, 1e-12)
+    assert_close(flat(by_points.gradients), flat(whole.gradients), 1e-12)
+    assert_close(flat(by_points.directions), flat(whole.directions), 1e-10)
     eager = natural_gradient(residuals, variables, 0.1)
-    # XLA's hyperbolic tangent is another one, in the seventh digit.
-    rtol = 1e-5 if jit_compile else 1e-10
-    assert_close(flat(compiled().directions), flat(eager.directions), rtol)
+    # XLA's eigenvectors give the matrix back to eight digits.
+    assert_close(flat(whole.directions), flat(eager.directions), 1e-5 if jit_compile else 1e-10)
+
+
+def test_a_point_may_have_several_parts_and_residuals():
+    """Also where the number of points is not known when the graph is made."""
+    w, idle, v = (tf.Variable(RNG.normal(size=n)) for n in (3, 2, 4))
+    x, y = tf.constant(RNG.normal(size=(9, 3))), tf.constant(RNG.normal(size=(9, 1, 4)))
+
+    def fn(where):
+        x, y = where
+        across = tf.linalg.matvec(y, v)
+        return across * tf.tanh(x @ w[:, None]), [across[:, 0] ** 2]
+
+    whole = natural_gradient(lambda: fn((x, y)), [w, idle, v], 0.1)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in (x, y)])
+    def by_points_of(x, y):
+        return natural_gradient(fn, [w, idle, v], 0.1, points=(x, y))
+
+    by_points = by_points_of(x, y)
+    assert_close(by_points.loss, whole.loss, 1e-12)
+    assert_close(flat(by_points.gradients), flat(whole.gradients), 1e-12)
+    assert_close(flat(by_points.directions), flat(whole.directions), 1e-10)
+    np.testing.assert_allclose(by_points.directions[1], np.zeros(2), atol=1e-11)
 
 
 def test_does_not_depend_on_how_the_network_is_written_down():
@@ -124,5 +193,12 @@ def test_wrong_uses_are_refused():
         natural_gradient(lambda: w, [])
     with pytest.raises(ValueError, match=r"`damping` must be at least 0. Received: damping=-1"):
         natural_gradient(lambda: w, [w], damping=-1)
-    with pytest.raises(ValueError, match=r"depend on none of the variables. Received"):
+    with pytest.raises(ValueError, match=r"`cutoff` must be at least 0. Received: cutoff=-1"):
+        natural_gradient(lambda: w, [w], cutoff=-1)
+    with pytest.raises(ValueError, match=r"(?s)must have a part for each function of .* Received"):
+        natural_gradient([lambda x: x, lambda x: x], [w], points=[tf.ones([3, 1])])
+    none = r"(?s)depend on none of the variables. `residual_fn` has to compute .* Received: "
+    with pytest.raises(ValueError, match=none):
         natural_gradient(lambda: tf.constant([1.0]), [w])
+    with pytest.raises(ValueError, match=none):
+        natural_gradient(lambda x: x, [w], points=tf.ones([3, 1]))

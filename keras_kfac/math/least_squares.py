@@ -7,18 +7,22 @@ from keras_kfac.math.linalg import eigen_decomposition, scalar
 
 
 def natural_direction(
-    jacobian: tf.Tensor, residuals: tf.Tensor, damping: float | tf.Tensor = 0.0
+    jacobian: tf.Tensor,
+    residuals: tf.Tensor,
+    damping: float | tf.Tensor = 0.0,
+    cutoff: float | None = None,
 ) -> tf.Tensor:
     """`(Jᵀ J + λ I)⁻¹ Jᵀ r`.
 
-    If there are fewer residuals than weights, as `Jᵀ (J Jᵀ + λ I)⁻¹ r`: the smaller of both
-    matrices is formed.
-
     Args:
-        jacobian: `J`, `[residuals, weights]`, of static shape.
+        jacobian: `J`, `[residuals, weights]`; how many weights there are has to be known.
         residuals: `r`, `[residuals]`.
-        damping: `λ >= 0`. Without it, directions in which the matrix is zero to rounding are left
-            out: the result is that of the pseudo-inverse.
+        damping: `λ >= 0`.
+        cutoff: Directions in which `√(σ² + λ)`, with the singular value `σ` of `J`, is at most this
+            part of the largest `σ` are left out: undamped, the result is that of the
+            pseudo-inverse. By default those that the smaller of `Jᵀ J` and `J Jᵀ` has lost to
+            rounding, of which the eigenvalues are taken. For a smaller part the singular values of
+            `J` itself are, which takes about four times as long.
 
     Returns:
         `[weights]`.
@@ -31,20 +35,38 @@ def natural_direction(
     [3.0, 0.0]
     """
     count, weights = jacobian.shape
+    rank = weights if count is None else min(count, weights)
+    eps = float(np.finfo(jacobian.dtype.as_numpy_dtype).eps)
+    resolved = (rank * eps) ** 0.5
+    if cutoff is not None and cutoff < resolved:
+        values, left, right = tf.linalg.svd(jacobian)
+        inverted = values * _inverted(values**2, values[0] ** 2, damping, cutoff**2)
+        turned = tf.linalg.matvec(left, residuals, transpose_a=True)
+        return tf.linalg.matvec(right, inverted * turned)
+    least = resolved if cutoff is None else cutoff
     column = residuals[:, tf.newaxis]
-    if count < weights:
-        inner = _solve(tf.matmul(jacobian, jacobian, transpose_b=True), column, damping)
+    if rank < weights:
+        matrix = tf.matmul(jacobian, jacobian, transpose_b=True)
+        inner = _solve(matrix, column, damping, least**2)
         return tf.matmul(jacobian, inner, transpose_a=True)[:, 0]
     gradient = tf.matmul(jacobian, column, transpose_a=True)
-    return _solve(tf.matmul(jacobian, jacobian, transpose_a=True), gradient, damping)[:, 0]
+    matrix = tf.matmul(jacobian, jacobian, transpose_a=True)
+    return _solve(matrix, gradient, damping, least**2)[:, 0]
 
 
-def _solve(matrix: tf.Tensor, column: tf.Tensor, damping: float | tf.Tensor) -> tf.Tensor:
+def _solve(
+    matrix: tf.Tensor, column: tf.Tensor, damping: float | tf.Tensor, least: float
+) -> tf.Tensor:
     """`(M + λ I)⁻¹ y` of a positive semi-definite matrix."""
     values, vectors = eigen_decomposition(matrix)
-    damped = values + scalar(damping, matrix.dtype)
-    # Ascending; smaller ones than this are rounding errors.
-    least = values[-1] * matrix.shape[-1] * np.finfo(matrix.dtype.as_numpy_dtype).eps
-    inverted = tf.where(damped > least, 1 / damped, tf.zeros_like(damped))
+    inverted = _inverted(values, values[-1], damping, least)
     turned = tf.matmul(vectors, column, transpose_a=True)
     return tf.matmul(vectors, inverted[:, tf.newaxis] * turned)
+
+
+def _inverted(
+    values: tf.Tensor, largest: tf.Tensor, damping: float | tf.Tensor, least: float
+) -> tf.Tensor:
+    """`1 / (values + λ)`, and 0 where that is at most a part `least` of the largest value."""
+    damped = values + scalar(damping, values.dtype)
+    return tf.where(damped > least * largest, 1 / damped, tf.zeros_like(damped))
