@@ -50,7 +50,7 @@ def affine_readers(model: keras.Model, layer: keras.Layer) -> list[AffineAdapter
 
 
 def _problem(node: GraphNode, nodes: Sequence[GraphNode]) -> str | None:
-    """Why a layer can't undo an affine map of the features that it reads at a node, one of `nodes`."""
+    """Why a layer can't undo an affine map of the features that it reads at a node."""
     reader = node.operation
     name = f"{layer_path(reader)!r}, a {type(reader).__name__} layer"
     if isinstance(reader, keras.layers.EinsumDense):
