@@ -14,18 +14,13 @@ the table in docs/whitening.md.
 import argparse
 import itertools
 import json
-import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
 import keras
 import numpy as np
+from defaults import ROOT
 from environment import environment
 
 from keras_kfac import KFAC, FisherMatrix, Whitening, rewhiten
@@ -151,7 +146,7 @@ def run(data: Data, seed: int) -> Iterator[dict]:
     for steps in (0, STEPS):
         model.fit(*data, EXAMPLES, steps, verbose=0)
         for name, matrix in matrices(model.get_weights(), data):
-            eigenvalues = np.linalg.eigvalsh(matrix)[::-1].tolist()
+            eigenvalues = [float(f"{e:.5g}") for e in np.linalg.eigvalsh(matrix)[::-1]]
             yield {"coordinates": name, "seed": seed, "steps": steps, "eigenvalues": eigenvalues}
             print(name, seed, steps, *figures(eigenvalues), flush=True)
 
@@ -198,7 +193,7 @@ def main() -> None:
         keras.config.set_floatx("float64")
         data = load(args.mnist)
         runs = [each for seed in args.seeds for each in run(data, seed)]
-        PATH.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1))
+        PATH.write_text(json.dumps({"environment": environment(), "runs": runs}))
     print(report(json.loads(PATH.read_text())))
 
 

@@ -120,8 +120,9 @@ def rewhiten(model: keras.Model, x: Any) -> None:
             features. They pass the model once, in inference mode.
 
     Raises:
-        ValueError: If the model has no such layer, a layer's output is read by anything else, or
-            a covariance has no inverse root. Then nothing has changed.
+        ValueError: If the model has no such layer, a layer's output is read by anything else,
+            its inputs are not finite, or their covariance has no inverse root. Then nothing has
+            changed.
 
     Example: see `Whitening`.
     """
@@ -154,7 +155,12 @@ def _rewritten(
     """New values of the weights of a layer and its readers, by `id`, in double precision."""
     rows = rows_of_positions(tf.cast(call.inputs, tf.float64))
     mean, covariance = mean_and_covariance(rows, call.mask, is_diagonal=layer.mode != "full")
-    matrix, inverse = (tf.ones_like(mean),) * 2
+    if not is_finite(covariance):
+        raise ValueError(
+            "Inputs must be finite to have a mean and a covariance. Received: others at "
+            f"{layer_path(layer)!r}"
+        )
+    matrix = inverse = tf.ones_like(mean)
     if layer.matrix is not None:
         matrix, inverse = whitener(covariance, layer.epsilon)
     if not is_finite(matrix):

@@ -260,6 +260,7 @@ class TestStructure:
 
 
 MAPS = {
+    "rotations": (np.linalg.qr(np.random.default_rng(8).normal(size=(4, 4)))[0], np.zeros(4)),
     "shifts": (np.eye(4), np.array([5.0, -2.0, 1.0, 3.0])),
     "scales": (np.diag([3.0, 0.2, 1.0, 7.0]), np.array([5.0, -2.0, 1.0, 3.0])),
     "affine": (np.random.default_rng(9).normal(size=(4, 4)), np.array([5.0, -2.0, 1.0, 3.0])),
@@ -272,11 +273,13 @@ class TestInvariance:
     @pytest.mark.parametrize(
         ("mode", "kind", "is_invariant"),
         [
+            (None, "rotations", True),
             (None, "shifts", False),
+            ("centring", "rotations", True),
             ("centring", "shifts", True),
             ("centring", "scales", False),
             ("diagonal", "scales", True),
-            ("diagonal", "affine", False),
+            ("diagonal", "rotations", False),
             ("full", "affine", True),
         ],
     )
@@ -520,6 +523,12 @@ class TestFailures:
         with pytest.raises(ValueError, match=r"without an inverse root.*Received: 20 examples"):
             rewhiten(model, correlated(20))
         helpers.assert_same(model.get_weights(), before)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_inputs_must_be_finite(self, mode):
+        model = network(lambda: Whitening(mode))
+        with pytest.raises(ValueError, match=r"must be finite.*Received: others at .*whitening"):
+            rewhiten(model, np.full((5, 4), np.nan))
 
     @pytest.mark.parametrize(
         ("options", "message"),
