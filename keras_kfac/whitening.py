@@ -135,7 +135,7 @@ def rewhiten(model: keras.Model, x: Any) -> None:
     with recording(layers) as recorded:
         model(tf.nest.map_structure(tf.convert_to_tensor, x), training=False)
     # All is computed before anything is assigned: a model is rewritten as a whole or not at all.
-    changes = {}
+    changes = []
     for layer in layers:
         readers = affine_readers(model, layer)
         calls = recorded.calls.get(id(layer), [])
@@ -144,15 +144,15 @@ def rewhiten(model: keras.Model, x: Any) -> None:
                 f"{layer_path(layer)!r} must be called once in a pass through the model. Received: "
                 f"{len(calls)} calls"
             )
-        changes.update(_rewritten(layer, readers, calls[0]))
-    for variable, value in changes.values():
+        changes += _rewritten(layer, readers, calls[0])
+    for variable, value in changes:
         variable.assign(tf.cast(value, variable.dtype))
 
 
 def _rewritten(
     layer: Whitening, readers: list[AffineAdapter], call: LayerCall
-) -> dict[int, tuple[keras.Variable, tf.Tensor]]:
-    """New values of the weights of a layer and its readers, by `id`, in double precision."""
+) -> list[tuple[keras.Variable, tf.Tensor]]:
+    """New values of the weights of a layer and its readers, in double precision."""
     rows = rows_of_positions(tf.cast(call.inputs, tf.float64))
     mean, covariance = mean_and_covariance(rows, call.mask, is_diagonal=layer.mode != "full")
     if not is_finite(covariance):
@@ -160,8 +160,10 @@ def _rewritten(
             "Inputs must be finite to have a mean and a covariance. Received: others at "
             f"{layer_path(layer)!r}"
         )
+    old_mean, old_matrix = tf.cast(layer.mean, tf.float64), tf.ones_like(mean)
     matrix = inverse = tf.ones_like(mean)
     if layer.matrix is not None:
+        old_matrix = tf.cast(layer.matrix, tf.float64)
         matrix, inverse = whitener(covariance, layer.epsilon)
     if not is_finite(matrix):
         raise ValueError(
@@ -169,16 +171,14 @@ def _rewritten(
             f"more examples or a larger `epsilon`. Received: {rows.shape[0]} examples, "
             f"epsilon={layer.epsilon}"
         )
-    changes = {id(layer.mean): (layer.mean, mean)}
-    old_mean, old_matrix = tf.cast(layer.mean, tf.float64), tf.ones_like(mean)
+    changes = [(layer.mean, mean)]
     if layer.matrix is not None:
-        changes[id(layer.matrix)] = (layer.matrix, matrix)
-        old_matrix = tf.cast(layer.matrix, tf.float64)
+        changes.append((layer.matrix, matrix))
     for reader in readers:
         weights = reader.to_matrix({id(v): tf.cast(v, tf.float64) for v in reader.variables})
         plain = in_plain_coordinates(weights, old_mean, old_matrix)
         values = reader.from_matrix(in_white_coordinates(plain, mean, inverse))
-        changes.update({id(v): (v, values[id(v)]) for v in reader.variables})
+        changes += [(v, values[id(v)]) for v in reader.variables]
     return changes
 
 

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kfac import KFAC, Whitening, WhiteningCallback, rewhiten
+from keras_kfac._keras_internals import mask_of
 from keras_kfac.whitening import MODES
 from tests import helpers
 from tests.reference import assert_close, relative_difference
@@ -34,7 +35,7 @@ def targets(examples, units=3):
 
 
 def gradients(model, x, y, training=False):
-    """Of the mean of the squares, as half the loss of each example, by the trained weights."""
+    """Of the mean squared error, by the trained weights."""
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean(tf.square(model(x, training=training) - y))
     return tape.gradient(loss, [v.value for v in model.trainable_variables])
@@ -139,7 +140,8 @@ class TestFunction:
             found.append(whitening.get_weights())
         assert_close(found[1][0], found[0][0])
         assert_close(found[1][1], found[0][1])
-        assert model.layers[-1](model.layers[-2](model.layers[0](padded)))._keras_mask is not None
+        masked = model.layers[0](padded)
+        assert mask_of(whitening(masked)) is mask_of(masked) is not None
 
     def test_of_a_nested_model(self):
         inner = network(Whitening, widths=(3,))
@@ -151,7 +153,7 @@ class TestFunction:
         np.testing.assert_allclose(inner.layers[0].mean, x.mean(0))
 
 
-def second_moment(x, mode="full", epsilon=0.0, bias_damping=0.0):
+def second_moment(x, mode, epsilon):
     """`[[S + ε I + c cᵀ, c], [cᵀ, 1]]`, where `S` is what a mode takes for the covariance."""
     mean, covariance = x.mean(0), np.cov(x.T, bias=True)
     kept = {
@@ -162,7 +164,7 @@ def second_moment(x, mode="full", epsilon=0.0, bias_damping=0.0):
     matrix = np.empty((len(mean) + 1,) * 2)
     matrix[:-1, :-1] = kept[mode] + np.outer(mean, mean)
     matrix[:-1, -1] = matrix[-1, :-1] = mean
-    matrix[-1, -1] = 1 + bias_damping
+    matrix[-1, -1] = 1
     return matrix
 
 
