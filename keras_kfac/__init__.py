@@ -14,6 +14,7 @@ from keras_kfac.optimizer import KFAC
 from keras_kfac.plateau import DampingOnPlateau
 from keras_kfac.residuals import NaturalGradient, natural_gradient
 from keras_kfac.staleness import StalenessSchedule
+from keras_kfac.whitening import Whitening, WhiteningCallback, rewhiten
 
 __all__ = [
     "KFAC",
@@ -29,8 +30,11 @@ __all__ = [
     "PerExampleAdapter",
     "RawWeightsAdapter",
     "StalenessSchedule",
+    "Whitening",
+    "WhiteningCallback",
     "__version__",
     "growing_batches",
     "natural_gradient",
     "register",
+    "rewhiten",
 ]

@@ -19,7 +19,7 @@ LAYERS = [
     ["stepping"],
     ["optimizer"],
     ["staleness"],
-    ["callbacks", "batches"],
+    ["callbacks", "batches", "whitening"],
     ["plateau"],
     ["__init__"],
 ]
