@@ -10,8 +10,10 @@ from keras_kfac.introspection.adapters import AffineAdapter
 from keras_kfac.introspection.negative_log_likelihood import NegativeLogLikelihood
 from keras_kfac.introspection.per_example import PerExampleAdapter, RawWeightsAdapter
 from keras_kfac.introspection.registry import register
+from keras_kfac.laplace import laplace
 from keras_kfac.optimizer import KFAC
 from keras_kfac.plateau import DampingOnPlateau
+from keras_kfac.posterior import LaplacePosterior
 from keras_kfac.residuals import NaturalGradient, natural_gradient
 from keras_kfac.staleness import StalenessSchedule
 
@@ -23,6 +25,7 @@ __all__ = [
     "DampingOnPlateau",
     "FisherMatrix",
     "KFACCallback",
+    "LaplacePosterior",
     "LevenbergMarquardt",
     "NaturalGradient",
     "NegativeLogLikelihood",
@@ -31,6 +34,7 @@ __all__ = [
     "StalenessSchedule",
     "__version__",
     "growing_batches",
+    "laplace",
     "natural_gradient",
     "register",
 ]

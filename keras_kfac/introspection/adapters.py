@@ -135,6 +135,11 @@ class LayerAdapter(abc.ABC):
         """`(d_in, d_out)` of the block."""
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Of what `to_matrix` returns: `[..., d_in, d_out]`."""
+        return (*self._leading, *self.dims)
+
+    @property
     def structures(self) -> Structures:
         """What is kept of the input factor and the output factor."""
         rows, columns = self._structures()

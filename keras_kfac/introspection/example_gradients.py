@@ -58,7 +58,7 @@ class ExampleGradientsAdapter(ExactAdapter):
     @property
     def dims(self) -> tuple[int, int]:
         """One row; a column for each weight."""
-        return 1, math.prod(self._matrix_shape)
+        return 1, math.prod(self._base.matrix_shape)
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """The inputs, and what the other adapter looks at."""
@@ -84,17 +84,12 @@ class ExampleGradientsAdapter(ExactAdapter):
 
     def from_matrix(self, matrix: tf.Tensor) -> Gradients:
         """Inverse of `to_matrix`."""
-        return self._base.from_matrix(tf.reshape(matrix, self._matrix_shape))
+        return self._base.from_matrix(tf.reshape(matrix, self._base.matrix_shape))
 
     def _row_pairs(
         self, gradients: tf.Tensor, *observed: Any
     ) -> tuple[tf.Tensor | math_of.OneHot, tf.Tensor]:
         return self._base.row_pairs(observed[0], gradients, *observed[1:])
-
-    @property
-    def _matrix_shape(self) -> tuple[int, ...]:
-        groups = self._base.groups
-        return self._base.dims if groups is None else (groups, *self._base.dims)
 
 
 class RotatedSquaresAdapter(ExampleGradientsAdapter):

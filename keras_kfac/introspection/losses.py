@@ -21,8 +21,8 @@ _NEGATIVE = (
 class _Reduction(keras.losses.Loss):
     """The reduction of a loss, applied to given values per position."""
 
-    def __init__(self, values: tf.Tensor, loss: keras.losses.Loss) -> None:
-        super().__init__("kfac_reduction", reduction=loss.reduction, dtype=loss.dtype)
+    def __init__(self, values: tf.Tensor, loss: keras.losses.Loss, reduction: str | None) -> None:
+        super().__init__("kfac_reduction", reduction or loss.reduction, loss.dtype)
         self.values = values
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
@@ -64,12 +64,14 @@ class Term:
             then.
         is_by_position: Whether the loss has one value at each position of the output, as all have
             whose likelihood K-FAC knows.
+        reduction: What to take in place of the loss's reduction; `None` for that.
     """
 
     score: Score
     index: int
     likelihood: Likelihood | None
     is_by_position: bool
+    reduction: str | None = None
 
     @property
     def outputs(self) -> tf.Tensor:
@@ -166,7 +168,7 @@ class Term:
             _check_shape(tf.convert_to_tensor(sample_weight).shape, values.shape)
         with tf.GradientTape() as tape:
             tape.watch(values)
-            total = _Reduction(values, loss)(outputs, outputs, sample_weight)
+            total = _Reduction(values, loss, self.reduction)(outputs, outputs, sample_weight)
         return tape.gradient(total, values) * scalar(self.score.weight, values.dtype)
 
     def values(self, outputs: tf.Tensor) -> tf.Tensor:
