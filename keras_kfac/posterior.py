@@ -1,7 +1,6 @@
 """The posterior distribution of a model's weights, and what it predicts."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import tensorflow as tf
@@ -78,7 +77,6 @@ class LaplacePosterior:
         self.log_likelihood = None
         if found.log_likelihood is not None:
             self.log_likelihood = float(found.log_likelihood)
-        self._settings = settings
         self._make = found.likelihood.distribution
         self._variables = list(self.model.trainable_variables)
         self._mean = [tf.convert_to_tensor(v) for v in self._variables]
@@ -173,11 +171,17 @@ class LaplacePosterior:
             Tensors in the order of `model.trainable_variables`; weights that are not covered are
             as they were.
         """
-        drawn: dict[int, tf.Tensor] = {}
-        for index, block in enumerate(self._blocks):
-            matrix = block.normal(self._precision).sample(tf.constant([seed, index]))
-            drawn.update(block.adapter.from_matrix(matrix))
-        return [drawn.get(id(v), mean) for v, mean in zip(self._variables, self._mean)]
+        return list(self._draw(seed, 0).values())
+
+    def _draw(self, seed: int, index: int) -> dict[int, tf.Tensor]:
+        """One of several draws, by `id` of the variable."""
+        drawn = {id(v): mean for v, mean in zip(self._variables, self._mean)}
+        seeds = tf.random.experimental.stateless_split(
+            tf.constant([seed, index]), len(self._blocks)
+        )
+        for block, own in zip(self._blocks, tf.unstack(seeds)):
+            drawn.update(block.adapter.from_matrix(block.normal(self._precision).sample(own)))
+        return drawn
 
     # ---- Predictions ----------------------------------------------------------------------------
 
@@ -227,8 +231,8 @@ class LaplacePosterior:
             raise ValueError(f"`method` must be one of {METHODS}. Received: method={method!r}")
         validation.check_positive_int("draws", draws)
         if method == WEIGHTS:
-            weights = (self.sample(seed + index) for index in range(draws))
-            each = [self._predictions.outputs(x, self._by_id(drawn)) for drawn in weights]
+            weights = (self._draw(seed, index) for index in range(draws))
+            each = [self._predictions.outputs(x, drawn) for drawn in weights]
             return predictive.mixture(self._make, tf.stack(each, axis=-2))
         means, covariances = self._moments(x)
         if method == PROBIT:
@@ -249,6 +253,3 @@ class LaplacePosterior:
                     f"{self.model.name!r} with other values of {variable.path!r}"
                 )
         return self._predictions.moments(x, [b.normal(self._precision) for b in self._blocks])
-
-    def _by_id(self, weights: Sequence[tf.Tensor]) -> dict[int, tf.Tensor]:
-        return {id(v): value for v, value in zip(self._variables, weights)}

@@ -76,14 +76,14 @@ class Predictions:
         model = self._settings.model
         forward_pass = recorded_pass(model, lambda: model(x, training=False))
         outputs = self._differentiable(forward_pass.outputs)
-        covariances = tf.zeros((), outputs.dtype)
+        dtype = normals[0].mean.dtype  # Outputs may be of half the precision.
+        covariances = tf.zeros((), dtype)
         jacobians = example_jacobians(forward_pass, self._adapters, outputs)
         for normal, jacobian in zip(normals, jacobians):
             vectors = normal.standardized(jacobian)
             rows = tf.reshape(vectors, [tf.shape(outputs)[0], outputs.shape[-1], -1])
-            product = tf.matmul(rows, rows, transpose_b=True)
-            covariances += tf.cast(product, outputs.dtype)
-        return outputs, covariances
+            covariances += tf.cast(tf.matmul(rows, rows, transpose_b=True), dtype)
+        return tf.cast(outputs, dtype), covariances
 
     def _differentiable(self, outputs: Any) -> tf.Tensor:
         term = self._settings.term(outputs, None)

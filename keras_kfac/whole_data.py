@@ -132,12 +132,21 @@ def _look(
     def look(x: Any) -> None:
         seen = recorded_pass(model, lambda: model(x, training=False))
         term = settings.term(seen.outputs, None)
+        if _needs_targets(settings, term) and len(data.element_spec) == 1:
+            raise ValueError(
+                "This Fisher matrix depends on the targets: `laplace(model, x, y)`. Received: "
+                f"y=None for fisher={str(settings.fisher)!r}, loss={term.score.loss!r}"
+            )
         outputs, likelihood = term.differentiable(term.outputs)
         plan = plan_coverage(model, _is_trained, of_blocks, seen.calls, seen.unreachable)
         looks.append((plan, outputs.shape, cast(Likelihood, likelihood)))
 
     tf.function(look, autograph=False).get_concrete_function(data.element_spec[0])
     return looks[-1]
+
+
+def _needs_targets(settings: CurvatureSettings, term: Term) -> bool:
+    return term.needs_targets or settings.fisher is Fisher.EMPIRICAL
 
 
 def _is_trained(variable: keras.Variable) -> bool:

@@ -381,6 +381,9 @@ class TestWrongUses:
         self.check(r"Sample weights .* Received: a dataset of 3 parts", data)
         self.check(r"come to an end. Received", data.repeat())
         self.check(r"must hold the targets.*Received", data, x)
+        self.check(
+            r"depends on the targets.*Received: y=None for fisher='empirical'", fisher="empirical"
+        )
 
     def test_names(self):
         self.check(r"`curvature` must be one of.*Received", curvature="kronecker")
