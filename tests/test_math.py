@@ -21,6 +21,7 @@ from keras_kfac.math import (
     update_times,
 )
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse, relative_change
+from keras_kfac.math.linalg import left_product, right_product
 from keras_kfac.math.moving_average import weighted_average
 from keras_kfac.math.structure import Structure
 from tests.reference import assert_close
@@ -215,6 +216,23 @@ def test_inner_products(shape):
     first, second = (tf.constant(RNG.normal(size=shape)) for _ in range(2))
     assert_close(linalg.inner_product(first, second), np.sum(first * second), 1e-14)
     assert_close(linalg.inner_product(first, first), np.sum(np.square(first)), 1e-14)
+
+
+@pytest.mark.parametrize("blocks", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_products_of_blocks(blocks, transpose):
+    """In float32, which has kernels of its own: one of them writes where it should not."""
+    k, m = blocks
+    gradient = RNG.normal(size=(k, m, 40, 20)).astype("float32")
+    left, right = (
+        RNG.normal(size=shape).astype("float32") for shape in ((k, 1, 40, 40), (1, m, 20, 20))
+    )
+    first, second = (np.swapaxes(x, -1, -2) if transpose else x for x in (left, right))
+    for _ in range(5):
+        ours = left_product(tf.constant(left), tf.constant(gradient), transpose)
+        assert_close(ours, first @ gradient, 1e-5)
+        ours = right_product(tf.constant(gradient), tf.constant(right), transpose)
+        assert_close(ours, gradient @ second, 1e-5)
 
 
 class TestBlocks:

@@ -7,6 +7,7 @@ of.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -132,7 +133,20 @@ def right_product(gradient: Gradient, matrix: tf.Tensor, transpose: bool = False
         return gradient._replace(outputs=right_product(gradient.outputs, matrix, transpose))
     if is_diagonal(matrix) or _is_isotropic(matrix):
         return gradient * matrix
+    if gradient.shape.rank > 2 and math.prod(matrix.shape[:-2]) == 1:
+        return _by_one_matrix(gradient, matrix, transpose)
     return tf.matmul(gradient, matrix, transpose_b=transpose)
+
+
+def _by_one_matrix(gradient: tf.Tensor, matrix: tf.Tensor, transpose: bool) -> tf.Tensor:
+    """`X M` of many `X` `[..., d]`, as one product.
+
+    TensorFlow 2.21 writes past its memory in the product of `[n, 1, m, d]` by `[d, d]` or
+    `[1, 1, d, d]`, in float32 on a CPU with oneDNN.
+    """
+    rows = tf.reshape(gradient, [-1, gradient.shape[-1]])
+    product = tf.matmul(rows, tf.reshape(matrix, matrix.shape[-2:]), transpose_b=transpose)
+    return tf.reshape(product, tf.shape(gradient))
 
 
 def scaled_rows(gradient: Gradient, scale: tf.Tensor) -> Gradient:
