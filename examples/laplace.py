@@ -142,7 +142,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=1000, help="images to train on")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--draws", type=int, default=50, help="for predictions that take draws")
-    parser.add_argument("--curvature", default="kfac", choices=["kfac", "ekfac", "diagonal"])
+    parser.add_argument(
+        "--curvature", default="kfac", choices=["kfac", "ekfac", "full", "diagonal"]
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
