@@ -179,7 +179,7 @@ class TestCovariance:
         # Entries of a sample covariance are off by `√(2 / n)` times a variance: 1 %.
         assert_close(np.einsum("n...i,n...j->...ij", flat, flat) / 20000, expected, 0.05)
         vector = RNG.normal(size=shape)
-        variance = np.sum(np.square(normal.standardized(vector)), axis=(-2, -1))
+        variance = np.sum(np.square(normal.standardized(tf.constant(vector))), axis=(-2, -1))
         v = np.reshape(vector, [*lead, 6])
         assert_close(variance, np.einsum("...i,...ij,...j->...", v, expected, v))
 
