@@ -10,8 +10,10 @@ from keras_kfac.introspection.adapters import AffineAdapter
 from keras_kfac.introspection.negative_log_likelihood import NegativeLogLikelihood
 from keras_kfac.introspection.per_example import PerExampleAdapter, RawWeightsAdapter
 from keras_kfac.introspection.registry import register
+from keras_kfac.laplace import laplace
 from keras_kfac.optimizer import KFAC
 from keras_kfac.plateau import DampingOnPlateau
+from keras_kfac.posterior import LaplacePosterior
 from keras_kfac.residuals import NaturalGradient, natural_gradient
 from keras_kfac.staleness import StalenessSchedule
 from keras_kfac.whitening import Whitening, WhiteningCallback, rewhiten
@@ -24,6 +26,7 @@ __all__ = [
     "DampingOnPlateau",
     "FisherMatrix",
     "KFACCallback",
+    "LaplacePosterior",
     "LevenbergMarquardt",
     "NaturalGradient",
     "NegativeLogLikelihood",
@@ -34,6 +37,7 @@ __all__ = [
     "WhiteningCallback",
     "__version__",
     "growing_batches",
+    "laplace",
     "natural_gradient",
     "register",
     "rewhiten",

@@ -8,13 +8,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfac import _keras_internals
 from keras_kfac.curvature.coverage import BlockSettings, CoveragePlan, plan_coverage
-from keras_kfac.introspection.forward_pass import ForwardPass, is_recording, recording
+from keras_kfac.introspection.forward_pass import ForwardPass, is_recording
 from keras_kfac.introspection.known_losses import as_loss, likelihoods_of, only_loss
 from keras_kfac.introspection.losses import Score, understood
+from keras_kfac.introspection.model_pass import recorded_pass
 from keras_kfac.introspection.observed_losses import observed_losses
-from keras_kfac.introspection.registry import find_adapters
 from keras_kfac.introspection.replay import Replay, is_replaying
 from keras_kfac.math.likelihood import Likelihood
 
@@ -95,19 +94,14 @@ class Attachment:
     def _recorded_call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if is_recording() or is_replaying() or not self._is_training(args, kwargs):
             return call(*args, **kwargs)
-        layers = _keras_internals.flatten_layers(self.model)
-        found = [(layer, find_adapters(layer)[0]) for layer in layers]
-        adaptable = [layer for layer, adapters in found if adapters]
-        whole = {id(layer) for layer, adapters in found if any(a.with_activation for a in adapters)}
         replay = None
         if self._replays:
             replay = Replay(self.model, args, {**kwargs, "training": True})
-        with recording(adaptable, whole, layers) as forward_pass:
-            outputs = call(*args, **kwargs)
-        forward_pass.outputs, forward_pass.replay = outputs, replay
+        forward_pass = recorded_pass(self.model, lambda: call(*args, **kwargs))
+        forward_pass.replay = replay
         self._pending = [p for p in self._pending if p.is_usable()][1 - _MOST_PENDING :]
         self._pending.append(forward_pass)
-        return outputs
+        return forward_pass.outputs
 
     def _is_training(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         if self._is_inference:

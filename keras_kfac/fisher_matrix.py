@@ -8,7 +8,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from keras_kfac.introspection.forward_pass import recording
-from keras_kfac.introspection.known_losses import as_loss, likelihoods_of, only_loss
+from keras_kfac.introspection.known_losses import as_loss, given_likelihoods, only_loss
 from keras_kfac.introspection.losses import Score, Term, understood
 from keras_kfac.introspection.observed_losses import observed_losses
 from keras_kfac.introspection.replay import Replay, tangents
@@ -81,7 +81,7 @@ class FisherMatrix(tf.linalg.LinearOperator):
         self._replay = Replay(model, (x,), {"training": training})
         with recording([]) as recorded:
             outputs = model(x, training=training)
-        given = _given_likelihoods(model, likelihood, outputs)
+        given = given_likelihoods(model, likelihood, outputs)
         self._terms = _terms(model, x, y, outputs, sample_weight, given)
         for term in self._terms:
             if term.is_empirical:
@@ -272,17 +272,6 @@ def _closed_divergence(old: Any, new: Any, index: int) -> tf.Tensor:
             "TensorFlow Probability has no closed form of this divergence: use `kl_estimate`. "
             f"Received: {old}"
         ) from error
-
-
-def _given_likelihoods(
-    model: keras.Model, likelihood: Any, outputs: Any
-) -> list[Likelihood | None]:
-    """Those that somebody named, by output."""
-    optimizer = getattr(model, "optimizer", None)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if likelihood is None:
-        likelihood = getattr(optimizer, "likelihood", None)
-    return likelihoods_of(likelihood, outputs, getattr(model, "output_names", None))
 
 
 def _terms(

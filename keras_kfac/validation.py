@@ -130,6 +130,15 @@ def check_positive(name: str, value: float | None, what: str = "a positive numbe
         raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
 
 
+def check_prior_precision(value: Any) -> float:
+    """Checks a positive number that is finite."""
+    if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
+        raise ValueError(
+            f"`prior_precision` must be a positive number. Received: prior_precision={value!r}"
+        )
+    return float(value)
+
+
 def check_damping(value: Any) -> float:
     """Checks a finite number that is at least 0."""
     try:

@@ -13,7 +13,7 @@ LAYERS = [
     ["introspection"],
     ["curvature", "fisher_matrix", "residuals"],
     ["validation", "attachment", "restorable", "problem_report", "settings", "step_rule"],
-    ["damping", "step"],
+    ["damping", "step", "whole_data", "predictions", "posterior", "laplace"],
     ["hyperparameters"],
     ["attachable"],
     ["stepping"],

@@ -1,10 +1,9 @@
 """The hooks on the model: what they see, what they leave alone, and when they are refused."""
 
-import contextlib
 import copy
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -553,15 +552,13 @@ def test_summary_of_an_attached_model_is_that_of_the_model() -> None:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every forward pass that is recorded."""
     passes: list[int] = []
-    original = attachment.recording
+    original = attachment.recorded_pass
 
-    @contextlib.contextmanager
-    def counted(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def counted(*args: Any) -> Any:
         passes.append(1)
-        with original(*args, **kwargs) as forward_pass:
-            yield forward_pass
+        return original(*args)
 
-    monkeypatch.setattr(attachment, "recording", counted)
+    monkeypatch.setattr(attachment, "recorded_pass", counted)
     return passes
 
 

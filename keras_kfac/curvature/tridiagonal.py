@@ -64,8 +64,9 @@ class TridiagonalBlock(KroneckerBlock):
         """
         if inverse_type is ExactInverse:
             raise ValueError(
-                "`curvature` 'tridiagonal' can only be damped factor by factor. Received: "
-                "exact_damping=True"
+                "`curvature` 'tridiagonal' can only be damped factor by factor, not exactly as "
+                "exact_damping=True and `laplace` need it. Received: layer "
+                f"{adapter.path!r}"
             )
         adapter.max_factor_size = max(adapter.dims)
         return super().plan(adapter, inverse_type)

@@ -151,7 +151,7 @@ class LayerAdapter(abc.ABC):
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """That of `to_matrix`."""
+        """Of what `to_matrix` returns: `[..., d_in, d_out]`."""
         return (*self._leading, *self.dims)
 
     @property

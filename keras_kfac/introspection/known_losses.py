@@ -221,6 +221,21 @@ def likelihoods_of(
     return [None if one is None else as_likelihood(one) for one in each]
 
 
+def given_likelihoods(model: keras.Model, likelihood: Any, outputs: Any) -> list[Likelihood | None]:
+    """Those that somebody named for the outputs of a model, or for its optimizer.
+
+    Args:
+        model: The model.
+        likelihood: As for `likelihoods_of`; `None` for that of the optimizer, if it has one.
+        outputs: What the model returns.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if likelihood is None:
+        likelihood = getattr(optimizer, "likelihood", None)
+    return likelihoods_of(likelihood, outputs, getattr(model, "output_names", None))
+
+
 def _check_supported(loss: keras.losses.Loss) -> None:
     config = loss.get_config()
     if config.get("axis", -1) != -1:

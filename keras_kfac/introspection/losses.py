@@ -21,8 +21,8 @@ _NEGATIVE = (
 class _Reduction(keras.losses.Loss):
     """The reduction of a loss, applied to given values per position."""
 
-    def __init__(self, values: tf.Tensor, loss: keras.losses.Loss) -> None:
-        super().__init__("kfac_reduction", reduction=loss.reduction, dtype=loss.dtype)
+    def __init__(self, values: tf.Tensor, loss: keras.losses.Loss, reduction: str | None) -> None:
+        super().__init__("kfac_reduction", reduction or loss.reduction, loss.dtype)
         self.values = values
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
@@ -62,11 +62,13 @@ class Term:
         index: The place of its output among all of the model.
         likelihood: The predictive distribution; `None` if unknown. The curvature is by the targets
             then.
+        reduction: What to take in place of the loss's reduction; `None` for that.
     """
 
     score: Score
     index: int
     likelihood: Likelihood | None
+    reduction: str | None = None
 
     @property
     def outputs(self) -> tf.Tensor:
@@ -163,7 +165,7 @@ class Term:
             _check_shape(tf.convert_to_tensor(sample_weight).shape, values.shape)
         with tf.GradientTape() as tape:
             tape.watch(values)
-            total = _Reduction(values, loss)(outputs, outputs, sample_weight)
+            total = _Reduction(values, loss, self.reduction)(outputs, outputs, sample_weight)
         # Without a reduction both have an entry for each value, of a shape of Keras's own.
         weight = tf.broadcast_to(scalar(self.score.weight, total.dtype), tf.shape(total))
         return tape.gradient(total, values, output_gradients=weight)

@@ -1,0 +1,82 @@
+"""The log-likelihood of data under a model, with the scale of its training loss taken out."""
+
+import dataclasses
+from typing import Any, cast
+
+import keras
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from keras_kfac.introspection.known_losses import as_loss, given_likelihoods, only_loss
+from keras_kfac.introspection.losses import Score, Term, understood
+from keras_kfac.introspection.target_curvature import unknown_likelihood
+from keras_kfac.math.likelihood import Likelihood, normal_of_logarithm
+
+tfd = tfp.distributions
+
+
+def likelihood_term(model: keras.Model, outputs: Any, targets: Any, likelihood: Any) -> Term:
+    """The negative log-likelihood of a batch, as the term of a loss.
+
+    The model's loss is `-w log r` at each position, averaged and weighted in some way. Here each
+    position counts `-log r`, but those that a mask or `ignore_class` leaves out.
+
+    Args:
+        model: A model with a loss.
+        outputs: What it returns: one tensor.
+        targets: The targets; `None` if they are not known.
+        likelihood: As for `KFAC`; `None` for that of the loss, or of the model's optimizer.
+
+    Raises:
+        ValueError: If the model has several outputs, no loss, or one that is no likelihood.
+    """
+    flat, (loss, _) = tf.nest.flatten(outputs), only_loss(model)
+    if len(flat) != 1:
+        raise ValueError(
+            "Laplace's approximation is for models of one output. Received: model "
+            f"{model.name!r} with {len(flat)} outputs"
+        )
+    if loss is None:
+        raise ValueError(
+            "The likelihood belongs to a loss: compile the model with one. Received: model "
+            f"{model.name!r} without a loss"
+        )
+    (given,) = given_likelihoods(model, likelihood, outputs)
+    score = Score(as_loss(loss), flat[0], targets, is_complete=targets is not None)
+    term = understood(score, 0, given)
+    if term.likelihood is None:
+        raise unknown_likelihood(term.score.loss)
+    return scaled(dataclasses.replace(term, reduction="sum"), 1 / term.likelihood_weight())
+
+
+def scaled(term: Term, factor: float | tf.Tensor) -> Term:
+    """The term times a number."""
+    return dataclasses.replace(term, score=term.score._replace(weight=factor * term.score.weight))
+
+
+def examples_of(term: Term) -> tf.Tensor:
+    """How many examples the batch has, those included that do not count."""
+    return tf.cast(tf.shape(term.outputs)[0], tf.float64)
+
+
+def log_likelihood(term: Term) -> tf.Tensor:
+    """`Σ log r(y | f)` over the positions that count; float64 scalar."""
+    outputs, found = term.differentiable(term.outputs)
+    likelihood = cast(Likelihood, found)
+    distribution = likelihood.distribution(outputs)
+    targets = tf.convert_to_tensor(term.targets)
+    if likelihood.make is normal_of_logarithm:
+        targets = tf.math.log1p(targets)
+    values = tf.cast(_log_probability(distribution, targets, outputs), tf.float64)
+    return tf.reduce_sum(tf.where(term.coefficients() > 0, values, 0))
+
+
+def _log_probability(distribution: Any, targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    """At each position; of targets that are probabilities of classes, the mean."""
+    if isinstance(distribution, tfd.Categorical):
+        if targets.shape.rank == outputs.shape.rank and targets.shape[-1] == outputs.shape[-1]:
+            logarithms = tf.nn.log_softmax(distribution.logits_parameter())
+            return tf.reduce_sum(tf.cast(targets, logarithms.dtype) * logarithms, axis=-1)
+        targets = tf.maximum(targets, 0)  # Ignored classes are negative.
+    shape = tf.concat([distribution.batch_shape_tensor(), distribution.event_shape_tensor()], 0)
+    return distribution.log_prob(tf.cast(tf.reshape(targets, shape), distribution.dtype))

@@ -1,0 +1,93 @@
+"""Derivatives of a model's outputs by its weights, for each example by itself.
+
+One pass backwards for each output serves all examples and layers: the gradients of single examples
+are sums over the rows that each layer has anyway.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.example_gradients import ExampleGradientsAdapter, reason_without_pairs
+from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.per_example import ExactAdapter
+
+
+def by_example(adapter: LayerAdapter) -> ExactAdapter:
+    """An adapter of the same weights that knows their gradients for each example.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(adapter, ExactAdapter):
+        return adapter
+    reason = reason_without_pairs(adapter)
+    if reason is not None:
+        raise ValueError(
+            "The outputs can't be differentiated by the weights of a layer, example by example: "
+            f"{reason}. Received: layer {adapter.path!r}"
+        )
+    return ExampleGradientsAdapter(adapter, math.inf)
+
+
+def example_jacobians(
+    forward_pass: ForwardPass, adapters: Sequence[LayerAdapter], outputs: tf.Tensor
+) -> list[tf.Tensor]:
+    """The Jacobian of each adapter's weights.
+
+    Args:
+        forward_pass: A pass in which examples do not depend on each other.
+        adapters: Those of layers that it recorded.
+        outputs: Tensor `[batch, width]` of this pass.
+
+    Returns:
+        Matrices `[batch, width, ...]`, the last axes as of `adapter.to_matrix`, in the order of the
+        adapters.
+
+    Raises:
+        ValueError: If a layer has no gradients of single examples.
+    """
+    singles = [by_example(adapter) for adapter in adapters]
+    calls = [_calls(forward_pass, single) for single in singles]
+    width = outputs.shape[-1]
+
+    def row(index: tf.Tensor) -> list[tf.Tensor]:
+        vector = tf.one_hot(index, width, dtype=outputs.dtype)
+        vectors = tf.broadcast_to(vector, tf.shape(outputs))
+        layers = [single.layer for single in singles]
+        arrived = forward_pass.output_gradients(layers, outputs, vectors)
+        each = zip(singles, calls)
+        return [_gradients(single, arrived[id(single.layer)], own) for single, own in each]
+
+    dtypes = [single.variables[0].dtype for single in singles]
+    rows = tf.map_fn(row, tf.range(width), fn_output_signature=dtypes, parallel_iterations=1)
+    of_outputs = [tf.transpose(each, [1, 0, 2]) for each in rows]
+    return [
+        tf.reshape(each, [-1, width, *adapter.matrix_shape])
+        for each, adapter in zip(of_outputs, adapters)
+    ]
+
+
+def _calls(forward_pass: ForwardPass, adapter: LayerAdapter) -> dict[int, Sequence[Any]]:
+    """What is seen of each call that uses the weights of an adapter, by place among all."""
+    calls = enumerate(forward_pass.calls[id(adapter.layer)])
+    return {index: adapter.observed(call) for index, call in calls if adapter.takes_part_in(call)}
+
+
+def _gradients(
+    adapter: ExactAdapter, arrived: Sequence[Any], calls: dict[int, Sequence[Any]]
+) -> tf.Tensor:
+    """Gradients of the weights, `[batch, weights]`, summed over the calls."""
+    dtype = adapter.variables[0].dtype
+
+    def cast(thing: Any) -> Any:
+        return tf.cast(thing, dtype) if tf.is_tensor(thing) else thing
+
+    parts = [
+        adapter.output_rows(tf.nest.map_structure(cast, arrived[index]), *map(cast, observed))
+        for index, observed in calls.items()
+    ]
+    return tf.squeeze(tf.add_n(parts), axis=-2)

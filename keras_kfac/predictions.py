@@ -1,0 +1,90 @@
+"""Outputs of a model with uncertain weights."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.jacobians import example_jacobians
+from keras_kfac.introspection.model_pass import recorded_pass
+from keras_kfac.introspection.replay import Replay, Weights
+from keras_kfac.math.eigenbasis_normal import EigenbasisNormal
+from keras_kfac.whole_data import CurvatureSettings, batches_of
+
+# So many examples at a time, or as many as have Jacobians of no more numbers than that.
+_BATCH = 1024
+_NUMBERS = 2**25
+
+Moments = tuple[tf.Tensor, tf.Tensor]
+
+
+class Predictions:
+    """What a model puts out, for weights that are drawn or linearised.
+
+    Args:
+        settings: The model, and its likelihood.
+        adapters: The parts of layers whose weights are uncertain.
+        output_shape: Of the outputs, batch included.
+    """
+
+    def __init__(
+        self,
+        settings: CurvatureSettings,
+        adapters: Sequence[LayerAdapter],
+        output_shape: tf.TensorShape,
+    ) -> None:
+        self._settings = settings
+        self._adapters = adapters
+        self._output_shape = output_shape
+        self._moments = tf.function(self._moments_of_batch, autograph=False, reduce_retracing=True)
+
+    def outputs(self, x: Any, weights: Weights) -> tf.Tensor:
+        """What the likelihood is of, `[batch, ..., width]`, for weights by `id`."""
+        model = self._settings.model
+
+        def of_batch(part: Any) -> tf.Tensor:
+            outputs = Replay(model, (part,), {"training": False}).outputs(weights)
+            return self._differentiable(outputs)
+
+        return tf.concat([of_batch(part) for (part,) in batches_of(x, None, _BATCH)], axis=0)
+
+    def moments(self, x: Any, normals: Sequence[EigenbasisNormal]) -> Moments:
+        """Of the linearised model: means `[batch, width]`, covariances `[batch, width, width]`.
+
+        Args:
+            x: Inputs.
+            normals: The distributions of the weights.
+
+        Raises:
+            ValueError: For outputs of another shape, or if a layer has no gradients of single
+                examples.
+        """
+        if self._output_shape.rank != 2:
+            raise ValueError(
+                "A linearised model has outputs of shape (batch, width); for others there is "
+                f"method='weights'. Received: outputs of shape {self._output_shape}"
+            )
+        weights = sum(math.prod(adapter.matrix_shape) for adapter in self._adapters)
+        batch = min(max(1, _NUMBERS // (weights * self._output_shape[-1])), _BATCH)
+        parts = [self._moments(part, list(normals)) for (part,) in batches_of(x, None, batch)]
+        means, covariances = (tf.concat(each, axis=0) for each in zip(*parts))
+        return means, covariances
+
+    def _moments_of_batch(self, x: Any, normals: Sequence[EigenbasisNormal]) -> Moments:
+        model = self._settings.model
+        forward_pass = recorded_pass(model, lambda: model(x, training=False))
+        outputs = self._differentiable(forward_pass.outputs)
+        dtype = normals[0].mean.dtype  # Outputs may be of half the precision.
+        covariances = tf.zeros((), dtype)
+        jacobians = example_jacobians(forward_pass, self._adapters, outputs)
+        for normal, jacobian in zip(normals, jacobians):
+            vectors = normal.standardized(jacobian)
+            rows = tf.reshape(vectors, [tf.shape(outputs)[0], outputs.shape[-1], -1])
+            covariances += tf.cast(tf.matmul(rows, rows, transpose_b=True), dtype)
+        return tf.cast(outputs, dtype), covariances
+
+    def _differentiable(self, outputs: Any) -> tf.Tensor:
+        term = self._settings.term(outputs, None)
+        return term.differentiable(term.outputs)[0]
