@@ -414,7 +414,7 @@ class TestLargeLayers:
 
 def kept_bytes(optimizer):
     """What factors and inverses really take."""
-    parts = ("_factor", "_inverse", "_basis", "eigenvalues", ".damping", "condition_number")
+    parts = ("_factor", "_inverse", "_basis", "eigenvalues", "damping", "condition_number", "_root")
     variables = optimizer.model_variables.items()
     return sum(np.asarray(v).nbytes for name, v in variables if name.endswith(parts))
 
@@ -430,7 +430,9 @@ class TestMemory:
         assert before.memory == optimizer.coverage().memory == kept_bytes(optimizer)
         assert sorted(row.memory > 0 for row in before) == [False, True, True, True]
 
-    @pytest.mark.parametrize("curvature", ["ekfac", "input", "linear_exact", "diagonal", "full"])
+    @pytest.mark.parametrize(
+        "curvature", ["ekfac", "input", "inverse_free", "linear_exact", "diagonal", "full"]
+    )
     def test_of_structures_is_known_too(self, curvature):
         optimizer = KFAC(curvature=curvature)
         model = helpers.compiled(helpers.mlp_with_batch_normalization(), optimizer)

@@ -75,6 +75,11 @@ class KroneckerBlock:
         """
         return BlockPlan(cls, adapter, inverse_type, cls.kind or adapter.block)
 
+    @classmethod
+    def kept_shapes(cls, adapter: LayerAdapter) -> Sequence[tuple[int, ...]]:
+        """Shapes of what is kept of the moving averages of both factors."""
+        return adapter.factor_shapes
+
     def __init__(
         self,
         adapter: LayerAdapter,
@@ -86,7 +91,7 @@ class KroneckerBlock:
         self._product_dtype = product_dtype
         self._l2 = mean_l2_coefficient(adapter.variables)
         dtype = adapter.variables[0].dtype
-        shapes = adapter.factor_shapes
+        shapes = self.kept_shapes(adapter)
         self.input_factor = add_variable("input_factor", shapes[0], dtype)
         self.output_factor = add_variable("output_factor", shapes[1], dtype)
         self.weight = add_variable("factor_weight", (), dtype)
@@ -156,7 +161,7 @@ class KroneckerBlock:
 
     def spectrum(self, damping: tf.Tensor) -> LayerSpectrum:
         """The eigenvalues of the factors as they are now."""
-        each = aligned(self._factors(), self._structures)
+        each = aligned(self._whole_factors(), self._structures)
         values = (f if is_diagonal(f) else tf.linalg.eigvalsh(f) for f in each)
         a, g = (np.repeat(v, s.copies, axis=-1) for v, s in zip(values, self._structures))
         return LayerSpectrum(self.adapter.path, a, g, float(damping) + float(self._l2))
@@ -164,6 +169,10 @@ class KroneckerBlock:
     def _factors(self) -> list[tf.Tensor]:
         """Those that the block is the product of."""
         return [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]
+
+    def _whole_factors(self) -> list[tf.Tensor]:
+        """The same where they are looked at, at any cost."""
+        return self._factors()
 
     def invert(self, damping: tf.Tensor) -> Inverse:
         """The inverse of the damped factors as they are now; not finite where that fails."""
@@ -174,14 +183,19 @@ class KroneckerBlock:
 
     def keep(self, inverse: Inverse) -> None:
         """Keeps an inverse for the next steps; the previous one if it is not finite."""
-        finite = tf.reduce_all([is_finite(part) for part in inverse])
-        old = self.inverse
-        change = relative_change(old, inverse)
+        finite, change = self._replace_inverse(inverse)
         self.staleness.assign(tf.where(finite, change, self.staleness))
-        for variable, before, part in zip(self._inverse, old, inverse):
-            variable.assign(tf.where(finite, part, before))
         self.refreshes.assign_add(tf.cast(finite, tf.int64))
         self.failed_refreshes.assign_add(tf.cast(~finite, tf.int64))
+
+    def _replace_inverse(self, inverse: Inverse) -> tuple[tf.Tensor, tf.Tensor]:
+        """Keeps an inverse if it is finite; returns whether it is, and its relative change."""
+        finite = tf.reduce_all([is_finite(part) for part in inverse])
+        old = self.inverse
+        change = tf.cast(relative_change(old, inverse), self.staleness.dtype)
+        for variable, before, part in zip(self._inverse, old, inverse):
+            variable.assign(tf.where(finite, part, before))
+        return finite, change
 
     @property
     def inverse(self) -> Inverse:
@@ -256,7 +270,8 @@ class BlockPlan(NamedTuple):
         """Bytes that the block keeps."""
         adapter = self.adapter
         inverse = [shape for shape, _ in _start(adapter, self.inverse_type)]
-        numbers = sum(math.prod(shape) for shape in (*adapter.factor_shapes, *inverse))
+        factors = self.block_type.kept_shapes(adapter)
+        numbers = sum(math.prod(shape) for shape in (*factors, *inverse))
         return tf.as_dtype(adapter.variables[0].dtype).size * numbers
 
 

@@ -10,6 +10,7 @@ from keras_kfac.curvature.block import KroneckerBlock
 from keras_kfac.curvature.eigenbasis import EigenbasisBlock
 from keras_kfac.curvature.exact import DiagonalBlock, FullBlock
 from keras_kfac.curvature.input_only import InputBlock
+from keras_kfac.curvature.inverse_free import InverseFreeBlock
 from keras_kfac.curvature.linear_exact import LinearExactBlock
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path
 from keras_kfac.introspection.per_example import ExactAdapter
@@ -18,6 +19,7 @@ STRUCTURES: dict[str, type[KroneckerBlock]] = {
     "kfac": KroneckerBlock,
     "ekfac": EigenbasisBlock,
     "input": InputBlock,
+    "inverse_free": InverseFreeBlock,
     "linear_exact": LinearExactBlock,
     "diagonal": DiagonalBlock,
     "full": FullBlock,
