@@ -307,7 +307,10 @@ class TestInverseFree:
             return keras.Variable(initializer, shape, dtype)
 
         (adapter,) = registry.adapt(mlp((5, 4)).layers[0], lambda v: True)
-        block = STRUCTURES["inverse_free"].plan(adapter, ExactInverse).build(variable, None)
+        plan = STRUCTURES["inverse_free"].plan(adapter, ExactInverse)
+        block = plan.build(variable, None)
+        kept = *block._inverse, block.input_factor, block.output_factor
+        assert plan.memory == sum(v.numpy().nbytes for v in kept)
         rng = np.random.default_rng(0)
         self.update(block, *(rng.normal(size=(d, d - 1)) for d in (6, 4)))
         self.update(block, np.eye(6), np.eye(4))

@@ -184,7 +184,7 @@ class TestStructures:
             ("ekfac", "scales", 0.0),
             ("input", "outputs", 0.0),
             ("input", "inputs", 1e-1),
-            ("inverse_free", "affine", 1e-1),
+            pytest.param("inverse_free", "affine", 1e-1, marks=pytest.mark.slow),
             ("diagonal", "orthogonal", 0.0),
             ("diagonal", "scales", 1e-1),
             ("full", "affine", 1e-1),

@@ -431,7 +431,15 @@ class TestMemory:
         assert sorted(row.memory > 0 for row in before) == [False, True, True, True]
 
     @pytest.mark.parametrize(
-        "curvature", ["ekfac", "input", "inverse_free", "linear_exact", "diagonal", "full"]
+        "curvature",
+        [
+            "ekfac",
+            "input",
+            pytest.param("inverse_free", marks=pytest.mark.slow),
+            "linear_exact",
+            "diagonal",
+            "full",
+        ],
     )
     def test_of_structures_is_known_too(self, curvature):
         optimizer = KFAC(curvature=curvature)

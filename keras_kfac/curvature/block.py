@@ -171,7 +171,7 @@ class KroneckerBlock:
         return [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]
 
     def _whole_factors(self) -> list[tf.Tensor]:
-        """The same where they are looked at, at any cost."""
+        """The same for reports, which may take their time."""
         return self._factors()
 
     def invert(self, damping: tf.Tensor) -> Inverse:
