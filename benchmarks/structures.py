@@ -21,7 +21,7 @@ from keras_kfac import KFAC, KFACCallback
 
 EVALUATIONS = 6
 PATH = ROOT / "benchmarks" / "results" / "structures.json"
-STRUCTURES = ("kfac", "ekfac", "input", "diagonal")
+STRUCTURES = ("kfac", "ekfac", "input", "inverse_free", "diagonal")
 
 
 def run(name: str, curvature: str, data: dict, seconds: float, seed: int) -> dict:

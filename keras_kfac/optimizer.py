@@ -97,6 +97,9 @@ class KFAC(SteppingOptimizer):
               gradients of single examples in place of the products of eigenvalues.
             - `"input"`: `A ⊗ g I` with the mean eigenvalue `g` of `G`: whitening of the inputs
               (PRONG, FOOF).
+            - `"inverse_free"`: that of `"kfac"` from half as many numbers: in place of `A` and `G`
+              roots of their damped inverses, kept up by matrix products alone. For weights in
+              bfloat16, too. Always in factored damping.
             - `"linear_exact"`: `A ⊗ G` times the number of layers: exact for deep linear networks,
               blocks between layers included.
             - `"diagonal"`: the diagonal of the block. `"full"`: the block as it is, for small

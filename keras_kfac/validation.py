@@ -214,7 +214,7 @@ def check_damping_bounds(
 
 
 # Structures that know gradients by their output factor alone.
-_OF_FACTORS = ("kfac", "input", "linear_exact")
+_OF_FACTORS = ("kfac", "input", "inverse_free", "linear_exact")
 
 
 def check_fisher(value: str, curvature: Curvature) -> str:

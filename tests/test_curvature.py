@@ -1,5 +1,7 @@
 """Structures of curvature: each against the dense Fisher matrix, and how they are chosen."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from keras_kfac import KFAC
 from keras_kfac.curvature.choice import STRUCTURES
 from keras_kfac.introspection import example_gradients as introspection
 from keras_kfac.introspection import registry
+from keras_kfac.introspection.statistics import LayerStatistics
 from keras_kfac.math import example_gradients
-from keras_kfac.math.inverses import ExactInverse
+from keras_kfac.math.inverses import ExactInverse, relative_change
 from tests import helpers, test_recurrent
 from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, SCALES, collected, mlp
 from tests.oracle import in_network, places, random_inputs
@@ -268,6 +271,92 @@ class TestSteps:
         assert np.sum(actual) == pytest.approx(np.sum(values), rel=1e-13)
 
 
+class TestInverseFree:
+    """The same steps as K-FAC's, from roots that stand for the factors."""
+
+    def trained(self, curvature, **options):
+        """After several batches, refreshed with each."""
+        model = mlp((5, 4, 3))
+        options = {"fisher": "exact", "damping": 0.3, "kl_clip": None, **options}
+        optimizer = helpers.kfac(curvature=curvature, **options)
+        model.compile(optimizer.attach(model), MSE(), run_eagerly=True)
+        rng = np.random.default_rng(0)
+        for _ in range(4):
+            model.train_on_batch(rng.normal(size=(9, 5)), rng.normal(size=(9, 3)))
+        return model.get_weights(), optimizer
+
+    @pytest.mark.parametrize("largest", [8192, 3], ids=["whole", "in-blocks"])
+    def test_steps_are_those_of_kfac(self, largest):
+        """No approximation, and with half of the memory."""
+        (weights, mine), (expected, plain) = (
+            self.trained(name, max_factor_size=largest) for name in ("inverse_free", "kfac")
+        )
+        for weight, other in zip(weights, expected):
+            assert_close(weight, other, 1e-10)
+        assert_close(mine._known.curvature._traces(), plain._known.curvature._traces(), 1e-12)
+        for actual, other in zip(mine.curvature_summary(), plain.curvature_summary()):
+            assert_close(actual.input_eigenvalues, other.input_eigenvalues, 1e-9)
+            assert_close(actual.output_eigenvalues, other.output_eigenvalues, 1e-9)
+        assert 0.5 < mine.coverage().memory / plain.coverage().memory < 0.6
+        assert not mine._known.curvature.failed_refreshes()
+
+    def block(self):
+        """A block by itself, after two updates and a refresh."""
+
+        def variable(name, shape, dtype, initializer="zeros"):
+            return keras.Variable(initializer, shape, dtype)
+
+        (adapter,) = registry.adapt(mlp((5, 4)).layers[0], lambda v: True)
+        plan = STRUCTURES["inverse_free"].plan(adapter, ExactInverse)
+        block = plan.build(variable, None)
+        kept = *block._inverse, block.input_factor, block.output_factor
+        assert plan.memory == sum(v.numpy().nbytes for v in kept)
+        rng = np.random.default_rng(0)
+        self.update(block, *(rng.normal(size=(d, d - 1)) for d in (6, 4)))
+        self.update(block, np.eye(6), np.eye(4))
+        block.keep(block.invert(0.3))
+        return block
+
+    def update(self, block, *roots):
+        factors = [tf.constant(root @ root.T) for root in roots]
+        block.update([LayerStatistics(*factors)], tf.constant(9), tf.constant(0.9))
+
+    def test_staleness_is_of_updates_too(self):
+        """A refresh by itself changes the damping alone."""
+        block = self.block()
+        states = [block.inverse]
+        self.update(block, 2 * np.eye(6), np.eye(4))
+        states.append(block.inverse)
+        block.keep(block.invert(0.3))
+        states.append(block.inverse)
+        changes = [relative_change(*pair) for pair in itertools.pairwise(states)]
+        assert min(map(float, changes)) > 1e-3
+        assert_close(block.staleness, sum(changes))
+        block.keep(block.invert(0.3))
+        assert float(block.staleness) < 1e-6
+
+    def test_what_is_not_finite_changes_nothing(self):
+        block = self.block()
+        variables = *block._inverse, block.input_factor, block.output_factor, block.weight
+        kept = [v.numpy() for v in variables]
+        self.update(block, np.nan * np.eye(6), np.eye(4))
+        for variable, before in zip(variables, kept):
+            np.testing.assert_array_equal(variable, before)
+        self.update(block, np.eye(6), np.eye(4))
+        for index in (0, 2):  # The roots: statistics that are finite do change them.
+            assert np.any(variables[index].numpy() != kept[index])
+
+    def test_singular_factors_without_damping_are_reported(self):
+        """As with K-FAC: the inverse of before stays."""
+        block = self.block()
+        block.weight.assign(0)
+        self.update(block, np.eye(6)[:, :5], np.eye(4))
+        for _ in range(4):
+            block.keep(block.invert(0.0))
+        assert int(block.failed_refreshes.numpy()) > 0
+        assert all(np.isfinite(v.numpy()).all() for v in block._inverse)
+
+
 def test_squares_lie_as_eigenvalues_of_factors_in_blocks():
     """The last block is filled up: what belongs to no weight has no square."""
     model = mlp((5, 4, 3))
@@ -340,8 +429,10 @@ class TestChoice:
         (row,) = [r for r in optimizer.coverage() if r.layer.endswith("table")]
         assert row.block == "kronecker" and f"not {name!r}: " in row.reason
 
-    def test_layer_that_cannot_have_it_trains(self):
-        model = helpers.compiled(self.tied(), helpers.kfac(curvature="ekfac"))
+    @pytest.mark.parametrize("name", ["ekfac", slow_unless("inverse_free", ())])
+    def test_tied_table_trains(self, name):
+        """That can't have the one, and is diagonal on one side in the other."""
+        model = helpers.compiled(self.tied(), helpers.kfac(curvature=name))
         x = np.random.default_rng(0).integers(0, 6, size=(8, 4))
         history = helpers.fit(model, (x, x), epochs=5).history["loss"]
         assert history[-1] < history[0]
@@ -370,6 +461,7 @@ class TestChoice:
         with pytest.raises(ValueError, match=r"forward_only' has no gradients.*Received"):
             KFAC(curvature=name, fisher="forward_only")
         KFAC(curvature="input", fisher="forward_only")
+        KFAC(curvature="inverse_free", fisher="forward_only")
         KFAC(curvature={"hidden": "input"}, fisher="forward_only")
 
 

@@ -417,7 +417,16 @@ class TestLargeLayers:
 
 def kept_bytes(optimizer):
     """What factors and inverses really take."""
-    parts = "_factor", "_inverse", "_basis", "eigenvalues", "damping", "condition_number", "inverse"
+    parts = (
+        "_factor",
+        "_inverse",
+        "_basis",
+        "eigenvalues",
+        "damping",
+        "condition_number",
+        "inverse",
+        "_root",
+    )
     names = re.compile(rf"block\.\d+\.\w*({'|'.join(parts)})(\.\d+)?")
     variables = optimizer.model_variables.items()
     return sum(np.asarray(v).nbytes for name, v in variables if names.fullmatch(name))
@@ -434,7 +443,14 @@ class TestMemory:
         assert before.memory == optimizer.coverage().memory == kept_bytes(optimizer)
         assert sorted(row.memory > 0 for row in before) == [False, True, True, True]
 
-    @pytest.mark.parametrize("curvature", [name for name in STRUCTURES if name != "kfac"])
+    @pytest.mark.parametrize(
+        "curvature",
+        [
+            pytest.param(name, marks=[pytest.mark.slow] if name == "inverse_free" else [])
+            for name in STRUCTURES
+            if name != "kfac"
+        ],
+    )
     def test_of_structures_is_known_too(self, curvature):
         optimizer = KFAC(curvature=curvature)
         model = helpers.compiled(helpers.mlp_with_batch_normalization(), optimizer)

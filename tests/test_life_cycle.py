@@ -149,6 +149,7 @@ VARIANTS: dict[str, tuple[Callable[[], keras.Model], dict[str, Any], str]] = {
     "adaptive": (helpers.mlp_with_batch_normalization, helpers.ADAPTIVE, "float32"),
     "exact_damping": (helpers.mlp, {"exact_damping": True}, "float32"),
     "ekfac": (helpers.mlp_with_batch_normalization, {"curvature": "ekfac"}, "float32"),
+    "inverse_free": (helpers.mlp, {"curvature": "inverse_free"}, "float32"),
     "structures": (
         helpers.mlp_with_batch_normalization,
         {"curvature": {"hidden": "input", "logits": "diagonal", "norm": "full"}},

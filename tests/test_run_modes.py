@@ -121,10 +121,22 @@ MODES = {
         f"{name}{'_jit' * jit}": Mode(
             compile={"jit_compile": jit}, optimizer={**helpers.ADAPTIVE, "curvature": name}
         )
-        for name in ("ekfac", "input", "linear_exact", "diagonal", "full", "dense")
+        for name in (
+            "ekfac",
+            "input",
+            "inverse_free",
+            "linear_exact",
+            "diagonal",
+            "full",
+            "dense",
+        )
         for jit in (False, True)
     },
     "ekfac_mixed_float16": Mode(policy="mixed_float16", optimizer={"curvature": "ekfac"}),
+    "inverse_free_mixed_float16": Mode(
+        policy="mixed_float16", optimizer={"curvature": "inverse_free"}
+    ),
+    "inverse_free_bfloat16": Mode(policy="bfloat16", optimizer={"curvature": "inverse_free"}),
     "mixed_bfloat16": Mode(policy="mixed_bfloat16"),
     "mixed_float16": Mode(policy="mixed_float16"),
     "mixed_float16_jit": Mode(policy="mixed_float16", compile={"jit_compile": True}),
@@ -153,6 +165,9 @@ SLOW = (
     "mixed_float16_jit",
     "input",
     "input_jit",
+    "inverse_free",
+    "inverse_free_jit",
+    "inverse_free_mixed_float16",
     "linear_exact",
     "linear_exact_jit",
     "diagonal_jit",

@@ -187,7 +187,7 @@ class KroneckerBlock:
 
     def spectra(self, damping: tf.Tensor) -> list[LayerSpectrum]:
         """The eigenvalues of the factors as they are now, for each layer."""
-        each = aligned(self._factors(), self._structures)
+        each = aligned(self._whole_factors(), self._structures)
         values = (f if is_diagonal(f) else tf.linalg.eigvalsh(f) for f in each)
         a, g = (np.repeat(v, s.copies, axis=-1) for v, s in zip(values, self._structures))
         return [LayerSpectrum(self.adapter.path, a, g, float(damping) + float(self._l2))]
@@ -195,6 +195,10 @@ class KroneckerBlock:
     def _factors(self) -> list[tf.Tensor]:
         """Those that the block is the product of."""
         return [tf.convert_to_tensor(f) for f in (self.input_factor, self.output_factor)]
+
+    def _whole_factors(self) -> list[tf.Tensor]:
+        """The same for reports, which may take their time."""
+        return self._factors()
 
     def invert(self, damping: tf.Tensor) -> Inverse:
         """The inverse of the damped factors as they are now; not finite where that fails."""
@@ -205,14 +209,19 @@ class KroneckerBlock:
 
     def keep(self, inverse: Inverse) -> None:
         """Keeps an inverse for the next steps; the previous one if it is not finite."""
-        old, parts = self.inverse, tf.nest.flatten(inverse)
-        finite = tf.reduce_all([is_finite(part) for part in parts])
-        change = relative_change(old, inverse)
+        finite, change = self._replace_inverse(inverse)
         self.staleness.assign(tf.where(finite, change, self.staleness))
-        for variable, before, part in zip(self._inverse, tf.nest.flatten(old), parts):
-            variable.assign(tf.where(finite, part, before))
         self.refreshes.assign_add(tf.cast(finite, tf.int64))
         self.failed_refreshes.assign_add(tf.cast(~finite, tf.int64))
+
+    def _replace_inverse(self, inverse: Inverse) -> tuple[tf.Tensor, tf.Tensor]:
+        """Keeps an inverse if it is finite; returns whether it is, and its relative change."""
+        old, parts = self.inverse, tf.nest.flatten(inverse)
+        finite = tf.reduce_all([is_finite(part) for part in parts])
+        change = tf.cast(relative_change(old, inverse), self.staleness.dtype)
+        for variable, before, part in zip(self._inverse, tf.nest.flatten(old), parts):
+            variable.assign(tf.where(finite, part, before))
+        return finite, change
 
     @property
     def inverse(self) -> Inverse:

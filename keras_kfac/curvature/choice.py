@@ -11,6 +11,7 @@ from keras_kfac.curvature.dense import DenseBlock
 from keras_kfac.curvature.eigenbasis import EigenbasisBlock
 from keras_kfac.curvature.exact import DiagonalBlock, FullBlock
 from keras_kfac.curvature.input_only import InputBlock
+from keras_kfac.curvature.inverse_free import InverseFreeBlock
 from keras_kfac.curvature.linear_exact import LinearExactBlock
 from keras_kfac.curvature.tridiagonal import TridiagonalBlock
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path
@@ -20,6 +21,7 @@ STRUCTURES: dict[str, type[KroneckerBlock]] = {
     "kfac": KroneckerBlock,
     "ekfac": EigenbasisBlock,
     "input": InputBlock,
+    "inverse_free": InverseFreeBlock,
     "linear_exact": LinearExactBlock,
     "diagonal": DiagonalBlock,
     "full": FullBlock,

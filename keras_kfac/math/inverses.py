@@ -1,19 +1,25 @@
-"""Inverses of a damped Kronecker product, in the two ways to damp it.
+"""Inverses of a damped Kronecker product, in the two ways to damp it, and without inverting.
 
 Each factor is a matrix `[..., d, d]`, or the diagonal `[d]` of a diagonal one; so are the parts of
 the inverse that belong to it. Factors in blocks have the axes of the gradient's blocks: see
 `structure.aligned`.
 
 Source: Martens & Grosse (2015), arXiv:1503.05671, section 6.3 (factored damping); George et al.
-(2018), arXiv:1806.03884, section 3.1 (eigenbases).
+(2018), arXiv:1806.03884, section 3.1 (eigenbases); Lin et al. (2024), arXiv:2312.05705 (roots).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import tensorflow as tf
 
-from keras_kfac.math.kronecker import factored_damping, precondition
+from keras_kfac.math.kronecker import (
+    factored_damping,
+    is_number,
+    mean_eigenvalue,
+    precondition,
+    split_damping,
+)
 from keras_kfac.math.linalg import (
     Gradient,
     condition_number,
@@ -26,6 +32,7 @@ from keras_kfac.math.linalg import (
     scaled_rows,
     spd_inverse,
 )
+from keras_kfac.math.roots import DampedRoot, numbers_shape
 
 Shape = tuple[int, ...]
 
@@ -160,7 +167,76 @@ def _overlaps(basis: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
     return tf.square(basis * other if is_same else tf.matmul(basis, other, transpose_a=True))
 
 
-Inverse = FactoredInverse | ExactInverse
+class RootInverse(NamedTuple):
+    """`K Kᵀ ⊗ C Cᵀ` with `K Kᵀ = (A + π√λ I)⁻¹` and `C Cᵀ = (G + √λ/π I)⁻¹`.
+
+    The roots stand for the factors, too: see `DampedRoot`.
+
+    Attributes:
+        input_root: `K`, `[..., d_in, d_in]`.
+        input_damping: `π√λ` of each matrix, `[...]`; of blocks, one `[1, 1]`.
+        output_root: `C`, `[..., d_out, d_out]`.
+        output_damping: `√λ/π`, likewise.
+        condition_number: A bound of that of the damped product, the largest if there are several.
+    """
+
+    input_root: tf.Tensor
+    input_damping: tf.Tensor
+    output_root: tf.Tensor
+    output_damping: tf.Tensor
+    condition_number: tf.Tensor
+
+    @classmethod
+    def of(cls, input_factor: tf.Tensor, output_factor: tf.Tensor, damping: tf.Tensor) -> Self:
+        """The inverse for factors `A` and `G` and damping `λ`; not finite if it fails."""
+        factors = input_factor, output_factor
+        start = cls.start(*(tuple(factor.shape) for factor in factors))
+        zero = cls(*(initial(shape, input_factor.dtype) for shape, initial in start))
+        first = zero.including(factors, tf.ones((), input_factor.dtype), is_first=True)
+        return first.damped([mean_eigenvalue(factor) for factor in factors], damping)
+
+    @staticmethod
+    def start(input_factor: Shape, output_factor: Shape) -> Start:
+        """What makes up the identity, for factors of these shapes: zero, damped by one."""
+        sides = input_factor, output_factor
+        parts = [part for s in sides for part in ((s, identity), (numbers_shape(s), tf.ones))]
+        return [*parts, ((), tf.ones)]
+
+    @property
+    def roots(self) -> tuple[DampedRoot, DampedRoot]:
+        """`K` and `C`, with their damping."""
+        return DampedRoot(*self[:2]), DampedRoot(*self[2:4])
+
+    def including(
+        self, factors: Sequence[tf.Tensor], shares: Sequence[tf.Tensor], is_first: tf.Tensor | bool
+    ) -> Self:
+        """Takes both factors into the moving averages; see `DampedRoot.including`."""
+        each = zip(self.roots, factors, shares)
+        a, g = (root.including(f, share, is_first) for root, f, share in each)
+        return type(self)(*a, *g, self.condition_number)
+
+    def damped(self, means: Sequence[tf.Tensor], damping: tf.Tensor) -> Self:
+        """The inverse for another damping `λ`, given the mean eigenvalues of `A` and `G`."""
+        are_numbers = [is_number(root.root) for root in self.roots]
+        amounts = split_damping(means, are_numbers, damping)
+        a, g = (root.damped(amount) for root, amount in zip(self.roots, amounts))
+        condition = a.condition_bound(means[0]) * g.condition_bound(means[1])
+        largest = tf.cast(tf.reduce_max(condition), self.condition_number.dtype)
+        return type(self)(*a, *g, largest)
+
+    def precondition(self, gradient: Gradient) -> Gradient:
+        """The product with a gradient `[..., d_in, d_out]`."""
+        k, c = self.input_root, self.output_root
+        inside = right_product(left_product(k, gradient, transpose=True), c)
+        return left_product(k, right_product(inside, c, transpose=True))
+
+    def inner_product(self, other: Any) -> tf.Tensor:
+        """Trace of the product with another such inverse, scalar, in float32 at least."""
+        a, g = (mine.inner_products(others) for mine, others in zip(self.roots, other.roots))
+        return tf.reduce_sum(a * g)
+
+
+Inverse = FactoredInverse | ExactInverse | RootInverse
 
 
 def relative_change(old: Inverse, new: Inverse) -> tf.Tensor:

@@ -18,14 +18,14 @@ from keras_kfac.math.linalg import (
 )
 
 
-def _mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
+def mean_eigenvalue(factor: tf.Tensor) -> tf.Tensor:
     """Trace over dimension, `[...]`; blocks of one matrix have it in common."""
     mean = trace(factor) / factor.shape[-1]
     is_in_blocks = factor.shape.rank == 4
     return tf.reduce_mean(mean, axis=[0, 1], keepdims=True) if is_in_blocks else mean
 
 
-def _is_number(factor: tf.Tensor) -> bool:
+def is_number(factor: tf.Tensor) -> bool:
     """Whether a factor is 1 x 1, and not one of several such blocks."""
     is_in_blocks = factor.shape.rank == 4 and factor.shape[:2].num_elements() > 1
     return factor.shape[-1] == 1 and not is_in_blocks
@@ -104,27 +104,42 @@ def factored_damping(
     >>> float(a[0, 0]), float(g[0, 0])  # π = 2, √λ = 0.5
     (5.0, 1.25)
     """
-    damping = scalar(damping, input_factor.dtype)
-    mean_a, mean_g = _mean_eigenvalue(input_factor), _mean_eigenvalue(output_factor)
-    alive = tf.logical_and(mean_a > 0, mean_g > 0)
-    one = tf.ones((), input_factor.dtype)
-    safe_a, safe_g = tf.where(alive, mean_a, one), tf.where(alive, mean_g, one)
+    factors = input_factor, output_factor
+    means = [mean_eigenvalue(factor) for factor in factors]
+    alive = tf.reduce_all([mean > 0 for mean in means], axis=0)
+    scale = tf.cast(alive, input_factor.dtype)
+    amounts = split_damping(means, [is_number(factor) for factor in factors], damping)
+    a, g = (scaled_plus_identity(scale, f, amount) for f, amount in zip(factors, amounts))
+    return a, g
 
+
+def split_damping(
+    means: Sequence[tf.Tensor], are_numbers: Sequence[bool], damping: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """What `factored_damping` adds to the diagonals of `A` and `G`.
+
+    Args:
+        means: Mean eigenvalues of both factors, `[...]`.
+        are_numbers: Whether each is 1 x 1.
+        damping: `λ >= 0`, scalar.
+
+    Returns:
+        `π√λ` and `√λ/π`; `√λ` for both where either mean is zero.
+    """
+    mean_a, mean_g = means
+    damping = scalar(damping, mean_a.dtype)
+    alive = tf.logical_and(mean_a > 0, mean_g > 0)
+    one = tf.ones((), mean_a.dtype)
+    safe_a, safe_g = tf.where(alive, mean_a, one), tf.where(alive, mean_g, one)
     root = tf.sqrt(damping)
-    if _is_number(input_factor):
+    if are_numbers[0]:
         damping_a, damping_g = tf.zeros_like(damping), damping / safe_a
-    elif _is_number(output_factor):
+    elif are_numbers[1]:
         damping_a, damping_g = damping / safe_g, tf.zeros_like(damping)
     else:
         pi = tf.sqrt(safe_a / safe_g)
         damping_a, damping_g = pi * root, root / pi
-
-    scale = tf.cast(alive, input_factor.dtype)
-
-    def damped(factor: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
-        return scaled_plus_identity(scale, factor, tf.where(alive, amount, root))
-
-    return damped(input_factor, damping_a), damped(output_factor, damping_g)
+    return tf.where(alive, damping_a, root), tf.where(alive, damping_g, root)
 
 
 def precondition(

@@ -45,6 +45,17 @@ def scalar(value: float | tf.Tensor, dtype: tf.DType | str) -> tf.Tensor:
     return tf.constant(value, dtype)
 
 
+def epsilon(dtype: tf.DType | str) -> float:
+    """Distance from 1 to the next number of a floating-point type.
+
+    Example:
+    >>> epsilon(tf.float32) == 2.0**-23, epsilon(tf.bfloat16) == 2.0**-7
+    (True, True)
+    """
+    mantissa, _ = math.frexp(float(tf.as_dtype(dtype).max))
+    return 2 * (1 - mantissa)
+
+
 def with_rank(tensor: tf.Tensor, rank: int) -> tf.Tensor:
     """The tensor with axes of size 1 at its end, until it has so many in all.
 

@@ -33,5 +33,13 @@ def weighted_average(
     (5.0, 1.5)
     """
     total = decay * weight + new_weight
-    fraction = tf.math.divide_no_nan(tf.convert_to_tensor(new_weight), total)
-    return value + (new_value - value) * fraction, total
+    share = share_of_new(weight, new_weight, decay)
+    return value + (new_value - value) * share, total
+
+
+def share_of_new(weight: tf.Tensor, new_weight: tf.Tensor, decay: tf.Tensor) -> tf.Tensor:
+    """Part of the new value in the new mean, in [0, 1]; 1 for the first, 0 if nothing counts.
+
+    Arguments as for `weighted_average`.
+    """
+    return tf.math.divide_no_nan(tf.convert_to_tensor(new_weight), decay * weight + new_weight)

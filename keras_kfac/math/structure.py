@@ -93,13 +93,32 @@ class Structure(NamedTuple):
         array([[4., 0.],
                [0., 2.]])
         """
-        missing = self.blocks * self.block_size - self.size
-        if not missing:
+        if not self._is_padded:
             return factor
         mean = tf.reduce_sum(tf.linalg.trace(factor)) / self.size
-        excess = tf.range(self.blocks * self.block_size) >= self.size
-        excess = tf.reshape(tf.cast(excess, factor.dtype), [self.blocks, self.block_size])
-        return factor + tf.linalg.diag(mean * excess)
+        return factor + tf.linalg.diag(mean * (1 - self._belongs(factor.dtype)))
+
+    def emptied(self, factor: tf.Tensor) -> tf.Tensor:
+        """Undoes `filled`: rows that the last block has too much, independent of others, are zero.
+
+        Example:
+        >>> structure = Structure(3, blocks=2)
+        >>> factor = tf.constant([np.eye(2), np.diag([4.0, 0.0])])
+        >>> bool(tf.reduce_all(structure.emptied(structure.filled(factor)) == factor))
+        True
+        """
+        if not self._is_padded:
+            return factor
+        return tf.reshape(factor, self.shape) * self._belongs(factor.dtype)[..., tf.newaxis]
+
+    @property
+    def _is_padded(self) -> bool:
+        return self.blocks * self.block_size > self.size
+
+    def _belongs(self, dtype: tf.DType) -> tf.Tensor:
+        """1 for the rows of the blocks that are rows of the matrix, `[blocks, block_size]`."""
+        rows = tf.range(self.blocks * self.block_size) < self.size
+        return tf.reshape(tf.cast(rows, dtype), [self.blocks, self.block_size])
 
 
 Structures = tuple[Structure, Structure]
