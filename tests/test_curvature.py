@@ -11,7 +11,7 @@ from keras_kfac import KFAC
 from keras_kfac.curvature.choice import STRUCTURES
 from keras_kfac.introspection import example_gradients as introspection
 from keras_kfac.introspection import registry
-from keras_kfac.introspection.statistics import LayerStatistics
+from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math import example_gradients
 from keras_kfac.math.inverses import ExactInverse, relative_change
 from tests import helpers, test_recurrent
@@ -319,7 +319,8 @@ class TestInverseFree:
 
     def update(self, block, *roots):
         factors = [tf.constant(root @ root.T) for root in roots]
-        block.update([LayerStatistics(*factors)], tf.constant(9), tf.constant(0.9))
+        weights = BatchWeights(tf.constant(9), tf.constant(9))
+        block.update([LayerStatistics(*factors)], weights, tf.constant(0.9))
 
     def test_staleness_is_of_updates_too(self):
         """A refresh by itself changes the damping alone."""
@@ -349,7 +350,8 @@ class TestInverseFree:
     def test_singular_factors_without_damping_are_reported(self):
         """As with K-FAC: the inverse of before stays."""
         block = self.block()
-        block.weight.assign(0)
+        for weight in block._weights:
+            weight.assign(0)
         self.update(block, np.eye(6)[:, :5], np.eye(4))
         for _ in range(4):
             block.keep(block.invert(0.0))

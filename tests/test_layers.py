@@ -417,17 +417,8 @@ class TestLargeLayers:
 
 def kept_bytes(optimizer):
     """What factors and inverses really take."""
-    parts = (
-        "_factor",
-        "_inverse",
-        "_basis",
-        "eigenvalues",
-        "damping",
-        "condition_number",
-        "inverse",
-        "_root",
-    )
-    names = re.compile(rf"block\.\d+\.\w*({'|'.join(parts)})(\.\d+)?")
+    parts = "_factor|_inverse|_basis|_root|eigenvalues|damping|condition_number|inverse"
+    names = re.compile(rf"block\.\d+\.\w*({parts})(\.\d+)?")
     variables = optimizer.model_variables.items()
     return sum(np.asarray(v).nbytes for name, v in variables if names.fullmatch(name))
 

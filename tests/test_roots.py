@@ -72,7 +72,7 @@ class TestRootInverse:
             share, scale = tf.constant(0.3 if index else 1.0, tf.float64), 10.0 ** (index - 2)
             factors = [random_factor(rng, shape, scale) for shape in shapes]
             averages = [(1 - share) * a + share * f for a, f in zip(averages, factors)]
-            actual = actual.including(factors, share, is_first=index == 0)
+            actual = actual.including(factors, [share] * 2, is_first=index == 0)
             actual = actual.damped([mean_eigenvalue(a) for a in averages], damping)
             expected = FactoredInverse.of(*averages, tf.constant(damping, tf.float64))
             assert_close(squares(actual.input_root), expected.input_inverse, 1e-9)
@@ -105,10 +105,10 @@ class TestRootInverse:
         start = RootInverse(
             *(f(shape, tf.float64) for shape, f in RootInverse.start((3, 3), (2, 2)))
         )
-        inverse = start.including([a, zero], tf.constant(1.0), is_first=True)
+        inverse = start.including([a, zero], [tf.constant(1.0)] * 2, is_first=True)
         inverse = inverse.damped([mean_eigenvalue(f) for f in (a, zero)], 0.25)
         assert_close(squares(inverse.output_root), 2 * np.eye(2))
-        inverse = inverse.including([a, g], tf.constant(0.5, tf.float64), is_first=False)
+        inverse = inverse.including([a, g], [tf.constant(0.5, tf.float64)] * 2, is_first=False)
         inverse = inverse.damped([mean_eigenvalue(f) for f in (a, 0.5 * g)], 0.25)
         expected = FactoredInverse.of(a, 0.5 * g, tf.constant(0.25, tf.float64))
         assert_close(squares(inverse.output_root), expected.output_inverse, 1e-9)

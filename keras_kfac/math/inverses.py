@@ -192,7 +192,7 @@ class RootInverse(NamedTuple):
         factors = input_factor, output_factor
         start = cls.start(*(tuple(factor.shape) for factor in factors))
         zero = cls(*(initial(shape, input_factor.dtype) for shape, initial in start))
-        first = zero.including(factors, tf.ones((), input_factor.dtype), is_first=True)
+        first = zero.including(factors, [tf.ones((), input_factor.dtype)] * 2, is_first=True)
         return first.damped([mean_eigenvalue(factor) for factor in factors], damping)
 
     @staticmethod
