@@ -1,0 +1,186 @@
+"""Which examples, positions and outputs count in the factors, and how much, against autodiff.
+
+The networks are linear and the losses squared, so that blocks are exact where they count what the
+loss counts.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kfac import FisherMatrix
+from tests import helpers
+from tests.cases import LOSS, factors, mlp
+from tests.reference import assert_close, dense_ggn, kron, layer_block, relative_difference
+
+layers = keras.layers
+MSE = LOSS["mse"].make
+REDUCTIONS = ("sum_over_batch_size", "sum", "none")
+
+
+def sequences(outputs=2, seed=0):
+    """A linear layer on three sequences of five positions, with targets."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(seed)
+    layer = layers.Dense(outputs, dtype="float64")
+    model = keras.Sequential([keras.Input((5, 4), dtype="float64"), layer])
+    return model, rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 5, outputs))
+
+
+def block(model, loss, x, y=None, sample_weight=None):
+    ((a, g),) = factors(model, loss, x, y, sample_weight=sample_weight)
+    return kron(a, g)
+
+
+class TestSqueezedTargets:
+    """Keras drops the last axis of outputs `[batch, steps, 1]` for targets `[batch, steps]`."""
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_have_the_scale_of_the_loss(self, reduction, weighted):
+        model, x, y = sequences(outputs=1)
+        weights = np.array([1.0, 2.0, 0.5]) if weighted else None
+        arguments = MSE(reduction), x, y[..., 0]
+        expected = layer_block(model, *arguments, model.layers[0], sample_weight=weights)
+        assert_close(block(model, *arguments, weights), expected)
+        own = block(model, MSE(reduction), x, y, None)
+        is_other = relative_difference(own, expected) > 0.1
+        assert is_other == (weighted or reduction != "sum_over_batch_size")
+
+    def test_in_fisher_matrices(self):
+        model, x, y = sequences(outputs=1)
+        model.compile("sgd", MSE("sum"))
+        expected = layer_block(model, MSE("sum"), x, y[..., 0], model.layers[0])
+        assert_close(FisherMatrix(model, x, y[..., 0]).to_dense(), expected)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)], ids=str)
+def test_losses_that_are_not_reduced(shape):
+    """Keras gives values `[batch]` with weights `[batch, 1]` an axis more."""
+    model, rng = mlp((4, 2)), np.random.default_rng(0)
+    x, y, weights = rng.normal(size=(6, 4)), rng.normal(size=(6, 2)), rng.uniform(size=shape)
+    optimizer = helpers.kfac(fisher="exact", learning_rate=0.0)
+    model.compile(optimizer.attach(model), MSE("none"), run_eagerly=True)
+    expected = layer_block(model, MSE("none"), x, y, model.layers[0], sample_weight=weights)
+    model.train_on_batch(x, y, weights)
+    own = optimizer._known.curvature.blocks[0]
+    assert_close(kron(own.input_factor, own.output_factor), expected)
+
+
+class TestPositions:
+    WEIGHTS = np.array([[1.0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+    @pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight", "sum_over_batch_size"])
+    def test_of_weight_zero_do_not_count(self, reduction):
+        model, x, y = sequences()
+        arguments = MSE(reduction), x, y
+        options = {"sample_weight": self.WEIGHTS}
+        expected = layer_block(model, *arguments, model.layers[0], **options)
+        assert_close(block(model, *arguments, self.WEIGHTS), expected)
+
+    def test_of_weight_zero_can_hold_anything(self):
+        model, x, y = sequences()
+        other = np.where(self.WEIGHTS[..., None] > 0, x, 1e3)
+        before, after = (block(model, MSE(), inputs, y, self.WEIGHTS) for inputs in (x, other))
+        assert_close(after, before, 1e-12)
+
+    def test_of_an_ignored_class_can_hold_anything(self):
+        model, x, _ = sequences(outputs=3)
+        y = np.where(self.WEIGHTS > 0, np.random.default_rng(1).integers(0, 3, (3, 5)), -1)
+        loss = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, ignore_class=-1, dtype="float64"
+        )
+        other = np.where(self.WEIGHTS[..., None] > 0, x, 1e3)
+        ((before, _),), ((after, _),) = (factors(model, loss, inputs, y) for inputs in (x, other))
+        assert_close(after, before, 1e-12)
+
+    def test_that_others_depend_on_count(self):
+        """The loss is at the last position alone, the gradient is not."""
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5, 4), dtype="float64")
+        first = layers.Dense(2, name="first", dtype="float64")(inputs)
+        mixed = layers.Dense(5, dtype="float64")(layers.Permute((2, 1), dtype="float64")(first))
+        model = keras.Model(inputs, layers.Permute((2, 1), dtype="float64")(mixed))
+        _, x, y = sequences()
+        weights = np.zeros((3, 5))
+        weights[:, -1] = 1
+        ((a, _),) = factors(model, MSE(), x, y, sample_weight=weights, layers=[model.layers[1]])
+        rows = np.c_[x.reshape(15, 4), np.ones(15)]
+        assert_close(a, rows.T @ rows / 15)
+
+
+def heads():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,), dtype="float64")
+    each = [layers.Dense(d, name=name, dtype="float64") for d, name in ((2, "a"), (3, "b"))]
+    return keras.Model(inputs, [layer(inputs) for layer in each])
+
+
+@pytest.mark.parametrize("loss_weights", [None, [1.0, 10.0]])
+@pytest.mark.parametrize(
+    "weights",
+    [([1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]), ([1, 2, 0, 3, 0, 0], [1, 1, 1, 1, 1, 0.5])],
+    ids=["disjoint", "overlapping"],
+)
+def test_heads_count_the_examples_of_their_own_loss(weights, loss_weights):
+    model, rng = heads(), np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 4)), [rng.normal(size=(6, d)) for d in (2, 3)]
+    weights = [np.array(w, "float64") for w in weights]
+    optimizer = helpers.kfac(fisher="exact", learning_rate=0.0)
+    losses = {"loss": [MSE(), MSE()], "loss_weights": loss_weights}
+    model.compile(optimizer.attach(model), **losses, run_eagerly=True)
+    model.train_on_batch(x, y, weights)
+    for index, own in enumerate(optimizer._known.curvature.blocks):
+        layer = own.adapter.layer
+        expected = dense_ggn(layer_alone(layer), MSE(), x, y[index], layer.weights, weights[index])
+        scale = 1.0 if loss_weights is None else loss_weights[index]
+        assert_close(kron(own.input_factor, own.output_factor), scale * expected)
+
+
+def layer_alone(layer):
+    return lambda x, training: layer(x)
+
+
+class TestParts:
+    """The sampled Fisher matrix takes a part of the batch."""
+
+    def trace_ratios(self, order):
+        """Of the output factors of two heads, each for one half of the examples: to exact ones."""
+        rng, size = np.random.default_rng(0), 1024
+        x, y = rng.normal(size=(size, 4))[order], [rng.normal(size=(size, d)) for d in (2, 3)]
+        has_label = np.arange(size)[order] < size // 2
+        weights = [has_label.astype("float64"), 1.0 - has_label]
+        traces = []
+        for fisher in ("sampled", "exact"):
+            model = heads()
+            optimizer = helpers.kfac(fisher=fisher, learning_rate=0.0)
+            model.compile(optimizer.attach(model), [MSE(), MSE()], run_eagerly=True)
+            model.train_on_batch(x, y, weights)
+            blocks = optimizer._known.curvature.blocks
+            traces.append([float(tf.linalg.trace(b.output_factor.value)) for b in blocks])
+        return np.divide(*traces)
+
+    @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["a b", "b a"])
+    def test_of_batches_in_some_order_are_fair(self, order):
+        """256 examples of 2 or 3 squares: 10 % are two standard deviations, or more."""
+        np.testing.assert_allclose(self.trace_ratios(order), 1, atol=0.15)
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1, 1, 0, 0, 0], [1, 2, 3, 4, 0.1, 0.2, 0.3, 0.4]])
+def test_weighted_micro_batches_are_the_large_batch(weights):
+    """Identity 8, with weights."""
+    rng, weights = np.random.default_rng(0), np.array(weights, "float64")
+    x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 2))
+    found = []
+    for steps in (None, 2):
+        model = mlp((4, 3, 2))
+        options = {"gradient_accumulation_steps": steps, "fisher": "exact", "learning_rate": 0.0}
+        optimizer = helpers.kfac(**options)
+        model.compile(optimizer.attach(model), MSE(), run_eagerly=True)
+        for part in np.split(np.arange(8), steps or 1):
+            model.train_on_batch(x[part], y[part], weights[part])
+        blocks = optimizer._known.curvature.blocks
+        found.append([f.numpy() for b in blocks for f in (b.input_factor, b.output_factor)])
+    for whole, accumulated in zip(*found):
+        assert_close(accumulated, whole)
