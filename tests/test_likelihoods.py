@@ -190,3 +190,29 @@ def test_draws_of_compounds_compile(name):
 def test_other_distributions_are_drawn_as_they_are():
     outputs = tf.constant(RNG.uniform(-0.5, 0.5, (4, 6)))
     helpers.assert_same(draw(mixture(outputs), SEED), mixture(outputs).sample(seed=SEED))
+
+
+def test_what_does_not_depend_on_the_outputs_is_refused():
+    constant = Likelihood(lambda f: tfd.Normal(tf.zeros_like(f[..., 0]), 1.0))
+    outputs = tf.zeros([4, 2])
+    for use in (
+        lambda: constant.sampled_vector(outputs, SEED),
+        lambda: constant.columns(outputs),
+        lambda: constant.propagated_vector(outputs, SEED),
+        lambda: constant.curvature_products(outputs, [outputs], SEED),
+    ):
+        with pytest.raises(ValueError, match=r"must depend on the outputs.* Received: .*Normal"):
+            use()
+
+
+def test_what_can_not_be_made_of_the_outputs_is_refused():
+    def of_two(outputs):
+        mean, scale = tf.unstack(outputs, axis=-1)
+        return tfd.Normal(mean, scale)
+
+    outputs = tf.zeros([4, 3])
+    match = r"fails for the outputs.*too many values.* Received: outputs of shape \(4, 3\)"
+    with pytest.raises(ValueError, match=match):
+        Likelihood(of_two).distribution(outputs)
+    with pytest.raises(ValueError, match=match):
+        NegativeLogLikelihood(of_two)(tf.zeros([4]), outputs)
