@@ -12,7 +12,7 @@ from keras_kfac.math.likelihood import Likelihood
 from tests import helpers
 from tests.cases import factors, mlp
 from tests.reference import assert_close, kron
-from tests.test_information import CASES, KL_CASES, Case, fisher_by_definition, line
+from tests.test_information import CASES, KL_CASES, MIXTURES, fisher_by_definition, mixture
 
 tfd = tfp.distributions
 layers = keras.layers
@@ -97,18 +97,12 @@ def test_closed_forms_compile(name):
     assert_close(compiled(outputs), products(outputs), 1e-5)
 
 
-def mixture(outputs):
-    """Of two normal distributions."""
-    means, log_scales, logits = tf.split(outputs, 3, axis=-1)
-    parts = tfd.Normal(means, tf.exp(log_scales))
-    return tfd.MixtureSameFamily(tfd.Categorical(logits), parts)
-
-
-def test_sampled_of_a_mixture_converges_to_an_integral():
+@pytest.mark.parametrize("name", MIXTURES)
+def test_sampled_of_a_mixture_converges_to_an_integral(name):
     """Without a closed form there is still the definition."""
-    case, draws = Case(mixture, 6, line), 40_000
-    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (1, 6)))
-    vectors = Likelihood(mixture).sampled_vector(tf.tile(outputs, [draws, 1]), SEED).numpy()
+    case, draws = MIXTURES[name], 40_000
+    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (1, case.width)))
+    vectors = Likelihood(case.make).sampled_vector(tf.tile(outputs, [draws, 1]), SEED).numpy()
     products = vectors[:, :, None] * vectors[:, None]
     error = products.std(axis=0) / np.sqrt(draws)
     expected = fisher_by_definition(case, outputs)[0]
