@@ -217,6 +217,17 @@ def test_inner_products(shape):
     assert_close(linalg.inner_product(first, first), np.sum(np.square(first)), 1e-14)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("blocks", [(), (1, 1), (1, 3), (2, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_products_with_matrices_of_blocks(blocks, transpose, dtype):
+    gradient = RNG.normal(size=(2, 1, 64, 10) if blocks else (64, 10))
+    matrix = RNG.normal(size=(*blocks, 10, 10))
+    expected = gradient @ (np.swapaxes(matrix, -1, -2) if transpose else matrix)
+    actual = linalg.right_product(tf.cast(gradient, dtype), tf.cast(matrix, dtype), transpose)
+    assert_close(actual, expected, 1e-5 if dtype == "float32" else 1e-12)
+
+
 class TestBlocks:
     """Factors in blocks are matrices that are zero outside of these."""
 

@@ -132,6 +132,11 @@ def right_product(gradient: Gradient, matrix: tf.Tensor, transpose: bool = False
         return gradient._replace(outputs=right_product(gradient.outputs, matrix, transpose))
     if is_diagonal(matrix) or _is_isotropic(matrix):
         return gradient * matrix
+    if matrix.shape.rank > 2 and matrix.shape[:-2].num_elements() == 1:
+        # One matrix for all blocks is one product. With oneDNN, TensorFlow 2.21 dies of it
+        # otherwise: `tf.matmul` of `[2, 1, 64, 10]` and `[1, 1, 10, 10]`.
+        matrix = tf.reshape(matrix, matrix.shape[-2:])
+        return tf.tensordot(gradient, matrix, [[-1], [1 if transpose else 0]])
     return tf.matmul(gradient, matrix, transpose_b=transpose)
 
 
