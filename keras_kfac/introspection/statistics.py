@@ -341,6 +341,7 @@ def _empirical(
     vectors = []
     for index, (total, target) in enumerate(zip(totals, targets)):
         vector = tape.gradient(total, target, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        vector = tf.convert_to_tensor(vector)  # Of a loss that gathers, it may be some rows.
         own_seed = tf.random.experimental.stateless_fold_in(seed, index)
         bits = tf.random.stateless_uniform(tf.shape(vector)[:1], own_seed, 0, 2, tf.int32)
         vectors.append(vector * with_rank(tf.cast(2 * bits - 1, vector.dtype), vector.shape.rank))

@@ -321,8 +321,9 @@ def made(make: Make, outputs: tf.Tensor) -> Any:
     except Exception as error:  # Of whatever class: the function is the user's.
         first, *_ = str(error).splitlines() or [""]
         raise ValueError(
-            "The function from outputs to a distribution fails for the outputs of this model, with "
-            f"{type(error).__name__}: {first} Received: outputs of shape {outputs.shape}"
+            "A likelihood must be a function that makes a distribution of outputs `[..., width]`, "
+            "of the width that the model has. Received: outputs of shape "
+            f"{outputs.shape}, for which it fails with {type(error).__name__}: {first}"
         ) from error
     if not isinstance(distribution, tfd.Distribution):
         raise ValueError(
