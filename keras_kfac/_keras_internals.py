@@ -65,6 +65,14 @@ def loss_logits(outputs: tf.Tensor) -> tf.Tensor | None:
     return getattr(outputs, "_keras_logits", None)
 
 
+def function_of(loss: keras.losses.Loss) -> tuple[Any, dict[str, Any]]:
+    """The function that a loss of Keras's calls, and the options that it calls it with.
+
+    The config of a subclass need not tell them, and its attributes may have been set afterwards.
+    """
+    return getattr(loss, "fn", None), getattr(loss, "_fn_kwargs", {})
+
+
 def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
     """Which positions Keras counts, in layers and in the loss. The mask travels on the tensor."""
     return getattr(tensor, "_keras_mask", None)

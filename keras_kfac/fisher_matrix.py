@@ -7,7 +7,6 @@ import keras
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from keras_kfac.introspection.forward_pass import recording
 from keras_kfac.introspection.known_losses import as_loss, given_likelihoods, only_loss
 from keras_kfac.introspection.losses import Score, Term, understood
 from keras_kfac.introspection.observed_losses import observed_losses
@@ -29,6 +28,8 @@ class FisherMatrix(tf.linalg.LinearOperator):
     `E[∇ log r ∇ log rᵀ]` of the predictive distribution `r`, times the weight `w` of the loss
     `-w log r`, averaged as the loss averages. For cross-entropies of logits and squared errors it
     equals the generalised Gauss-Newton matrix.
+
+    The state of the model stays as it is: moving statistics, seeds, metrics.
 
     Args:
         model: A built model, compiled with a loss.
@@ -79,10 +80,10 @@ class FisherMatrix(tf.linalg.LinearOperator):
         self._damping = damping
         x = tf.nest.map_structure(tf.convert_to_tensor, x)
         self._replay = Replay(model, (x,), {"training": training})
-        with recording([]) as recorded:
-            outputs = model(x, training=training)
+        outputs = self._replay.outputs({})
         given = given_likelihoods(model, likelihood, outputs)
-        self._terms = _terms(model, x, y, outputs, sample_weight, given)
+        with self._replay.scope({}):  # Metrics of single outputs stay as they are, too.
+            self._terms = _terms(model, x, y, outputs, sample_weight, given)
         for term in self._terms:
             if term.is_empirical:
                 raise unknown_likelihood(term.score.loss)

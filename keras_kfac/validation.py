@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.curvature.choice import STRUCTURES, Curvature
+from keras_kfac.introspection.known_losses import as_likelihood
 from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.introspection.weight_sharing import AUTO, EXPAND, REDUCE, Choice
 
@@ -70,6 +71,9 @@ def check_likelihood(value: Any) -> Any:
             "`tfp.distributions.Distribution`, a list or dict of these by output, or None. "
             f"Received: likelihood={value!r}"
         )
+    for one in each:
+        if one is not None:
+            as_likelihood(one)  # Raises if there is none.
     return value
 
 

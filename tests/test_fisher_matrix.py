@@ -59,6 +59,39 @@ def test_several_outputs_add_up():
             FisherMatrix(model, x)
 
 
+def test_training_pass_leaves_no_trace():
+    """Identity 29; the matrix is that of the batch's statistics and the dropout mask to come."""
+    with helpers.precision("float64"):
+        model = mlp((4, 3))
+        norm, drop = keras.layers.BatchNormalization(), keras.layers.Dropout(0.5, seed=3)
+        model = keras.Sequential([*model.layers, norm, drop, keras.layers.Dense(2)])
+        model.compile("sgd", "mse")
+        inputs, y = RNG.normal(size=(5, 4)), RNG.normal(size=(5, 2))
+        model(inputs, training=True)  # State that is not that of a start.
+        before = [v.numpy() for v in model.variables]
+        fisher = FisherMatrix(model, inputs, y, training=True)
+        dense = fisher.to_dense().numpy()
+        helpers.assert_same([v.numpy() for v in model.variables], before)
+        assert_close(dense, dense.T)
+        helpers.assert_same(fisher.to_dense(), dense)
+        # The first call from here on has the same mask, and leaves its traces.
+        loss = keras.losses.MeanSquaredError()
+        assert_close(dense, dense_ggn(model, loss, inputs, y, model.trainable_variables))
+        assert any((v.numpy() != old).any() for v, old in zip(model.variables, before))
+
+
+def test_metrics_of_outputs_stay():
+    """Keras counts the losses of single outputs while it computes their sum."""
+    names = ["classes", "numbers"]
+    model = network(names, as_dict=True)
+    model.compile("sgd", {name: LOSS_OF[name]() for name in names})
+    x, y = RNG.normal(size=(6, 4)), targets(names, 6)
+    model.evaluate(x, y, verbose=0)
+    before = model.get_metrics_result()
+    FisherMatrix(model, x, y)
+    assert model.get_metrics_result() == before
+
+
 def test_likelihood_is_that_of_the_optimizer_or_given():
     def own_loss(y_true, y_pred):
         return tf.reduce_mean(tf.abs(y_true - y_pred) ** 3, axis=-1)

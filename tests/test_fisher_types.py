@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 from keras_kfac import KFAC
-from keras_kfac.math.likelihood import Likelihood, categorical
+from keras_kfac.introspection.known_losses import likelihoods_of
+from keras_kfac.math.likelihood import Likelihood, categorical, normal
 from tests import helpers
 from tests.cases import CCE, LOSS, MSE, factors, mlp
 from tests.reference import assert_close, kron, layer_block
@@ -142,10 +143,21 @@ def test_likelihoods_of_other_outputs_are_refused(likelihood):
         helpers.fit(model, helpers.vectors())
 
 
-def test_a_loss_without_likelihood_is_none():
-    model = helpers.compiled(helpers.mlp(), KFAC(likelihood="cosine_similarity"))
-    with pytest.raises(ValueError, match=r"known predictive distribution.* Received: likelihood="):
-        helpers.fit(model, helpers.vectors())
+def test_likelihoods_are_nested_as_the_outputs():
+    outputs = {"a": {"z": tf.zeros([2, 3]), "b": tf.zeros([2, 2])}, "c": tf.zeros([2, 1])}
+    given = {"a": {"b": MSE(), "z": None}, "c": categorical}
+    found = likelihoods_of(given, outputs, None)
+    assert [one and one.make for one in found] == [normal, None, categorical]
+    for wrong in ({"a": categorical}, {"a": {"y": categorical}}, {"d": categorical}, categorical):
+        with pytest.raises(ValueError, match=r"each output.* Received: likelihood=.*for 3 outputs"):
+            likelihoods_of(wrong, outputs, None)
+
+
+@pytest.mark.parametrize("likelihood", ["cosine_similarity", "mmse", {"a": "mmse"}])
+def test_a_loss_without_likelihood_is_none(likelihood):
+    match = r"known predictive distribution.*MeanSquaredError.* Received: likelihood='"
+    with pytest.raises(ValueError, match=match):
+        KFAC(likelihood=likelihood)
 
 
 def test_no_likelihood_at_all_is_refused():

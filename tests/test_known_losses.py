@@ -325,6 +325,37 @@ class TestSubclasses:
         columns = [t.likelihood.root_column(outputs, 1) for t in (term, same)]
         np.testing.assert_array_equal(*columns)
 
+    def test_options_are_those_of_the_loss_and_not_of_its_config(self):
+        class Terse(losses.CategoricalCrossentropy):
+            def get_config(self):
+                return {"name": self.name}
+
+        outputs, y = tf.constant(probabilities()), tf.constant(one_hot())
+        for from_logits in (True, False):
+            plain = losses.CategoricalCrossentropy(from_logits=from_logits)
+            terse = Terse(from_logits=from_logits)
+            terse.from_logits = not from_logits  # Too late: what it computes stays.
+            assert_close(terse(y, outputs), plain(y, outputs))
+            columns = [
+                understood(Score(loss, outputs, y), 0).likelihood.root_column(outputs, 1)
+                for loss in (terse, plain)
+            ]
+            helpers.assert_same(*columns)
+        with pytest.raises(ValueError, match=r"last axis only. Received: Terse\(axis=1\)"):
+            understood(Score(Terse(axis=1), outputs, y), 0)
+
+    def test_with_another_function_is_not_known(self):
+        class Scaled(losses.MeanSquaredError):
+            def __init__(self):
+                super().__init__()
+                usual = self.fn
+                self.fn = lambda y_true, y_pred: 5 * usual(y_true, y_pred)
+
+        score = Score(Scaled(), tf.constant(real()), tf.constant(real()))
+        assert understood(score, 0).is_empirical
+        score = Score(losses.MeanSquaredError(), tf.constant(real()))
+        assert not understood(score, 0).is_empirical
+
     def test_of_a_convex_loss_is_convex_only_if_it_is_the_same(self):
         class Own(losses.SquaredHinge):
             def call(self, y_true, y_pred):

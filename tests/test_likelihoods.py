@@ -12,7 +12,7 @@ from keras_kfac.math.likelihood import Likelihood
 from tests import helpers
 from tests.cases import factors, mlp
 from tests.reference import assert_close, kron
-from tests.test_information import CASES, KL_CASES, Case, fisher_by_definition, line
+from tests.test_information import CASES, KL_CASES, MIXTURES, fisher_by_definition, mixture
 
 tfd = tfp.distributions
 layers = keras.layers
@@ -97,18 +97,12 @@ def test_closed_forms_compile(name):
     assert_close(compiled(outputs), products(outputs), 1e-5)
 
 
-def mixture(outputs):
-    """Of two normal distributions."""
-    means, log_scales, logits = tf.split(outputs, 3, axis=-1)
-    parts = tfd.Normal(means, tf.exp(log_scales))
-    return tfd.MixtureSameFamily(tfd.Categorical(logits), parts)
-
-
-def test_sampled_of_a_mixture_converges_to_an_integral():
+@pytest.mark.parametrize("name", MIXTURES)
+def test_sampled_of_a_mixture_converges_to_an_integral(name):
     """Without a closed form there is still the definition."""
-    case, draws = Case(mixture, 6, line), 40_000
-    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (1, 6)))
-    vectors = Likelihood(mixture).sampled_vector(tf.tile(outputs, [draws, 1]), SEED).numpy()
+    case, draws = MIXTURES[name], 40_000
+    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (1, case.width)))
+    vectors = Likelihood(case.make).sampled_vector(tf.tile(outputs, [draws, 1]), SEED).numpy()
     products = vectors[:, :, None] * vectors[:, None]
     error = products.std(axis=0) / np.sqrt(draws)
     expected = fisher_by_definition(case, outputs)[0]
@@ -142,11 +136,77 @@ def test_mixture_learns(fisher):
     assert history[-1] < history[0] - 0.5
 
 
-@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: tfd.Independent(d, 1)])
-def test_negative_binomial_draws_have_its_moments(wrap):
-    logits = tf.tile(tf.constant([[-0.5, 1.0]], tf.float64), [100_000, 1])
-    distribution = tfd.NegativeBinomial(3.0, logits)
-    drawn = draw(wrap(distribution), SEED).numpy()
+COUNTS = {
+    "alone": lambda f: tfd.NegativeBinomial(3.0, f[..., 0]),
+    "independent": lambda f: tfd.Independent(tfd.NegativeBinomial(3.0, f), 1),
+    "repeated": lambda f: tfd.Sample(tfd.NegativeBinomial(3.0, f[..., 0]), 2),
+    "shifted": lambda f: tfp.bijectors.Shift(f[..., 1])(tfd.NegativeBinomial(3.0, f[..., 0])),
+    "mixture": lambda f: tfd.MixtureSameFamily(
+        tfd.Categorical(-f), tfd.NegativeBinomial([1.0, 8.0], f)
+    ),
+    "unlike-parts": lambda f: tfd.Mixture(
+        tfd.Categorical(-f), [tfd.Poisson(tf.exp(f[..., 1])), tfd.NegativeBinomial(3.0, f[..., 0])]
+    ),
+    "zero-inflated": lambda f: tfd.ZeroInflatedNegativeBinomial(
+        total_count=tf.constant(3.0, f.dtype), logits=f[..., 0], inflated_loc_logits=f[..., 1]
+    ),
+    "zero-inflated-probability": lambda f: tfd.ZeroInflatedNegativeBinomial(
+        total_count=3 * tf.ones_like(f[..., 0]),
+        logits=f[..., 0],
+        inflated_loc_probs=tf.sigmoid(f[..., 1]),
+    ),
+    "beta-binomial": lambda f: tfd.BetaBinomial(4.0, tf.exp(f[..., 0]), tf.exp(f[..., 1])),
+    "log-normal-rate": lambda f: tfd.PoissonLogNormalQuadratureCompound(f[..., 0], 0.5),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_draws_for_xla_have_the_moments_of_the_distribution(name):
+    outputs = tf.tile(tf.constant([[-0.5, 0.3]], tf.float64), [100_000, 1])
+    drawn = draw(COUNTS[name](outputs), SEED).numpy()
+    distribution = COUNTS[name](outputs[:1])
     mean, variance = distribution.mean().numpy()[0], distribution.variance().numpy()[0]
+    assert drawn.shape[1:] == distribution.event_shape
     assert np.abs(drawn.mean(axis=0) - mean).max() < 5 * np.sqrt(variance / len(drawn)).max()
     np.testing.assert_allclose(drawn.var(axis=0), variance, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "mixture" else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS],
+)
+def test_draws_of_compounds_compile(name):
+    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (4, 2)))
+    compiled = tf.function(lambda x: draw(COUNTS[name](x), SEED), jit_compile=True)
+    assert np.isfinite(compiled(outputs)).all()
+
+
+def test_other_distributions_are_drawn_as_they_are():
+    outputs = tf.constant(RNG.uniform(-0.5, 0.5, (4, 6)))
+    helpers.assert_same(draw(mixture(outputs), SEED), mixture(outputs).sample(seed=SEED))
+
+
+def test_what_does_not_depend_on_the_outputs_is_refused():
+    constant = Likelihood(lambda f: tfd.Normal(tf.zeros_like(f[..., 0]), 1.0))
+    outputs = tf.zeros([4, 2])
+    for use in (
+        lambda: constant.sampled_vector(outputs, SEED),
+        lambda: constant.columns(outputs),
+        lambda: constant.propagated_vector(outputs, SEED),
+        lambda: constant.curvature_products(outputs, [outputs], SEED),
+    ):
+        with pytest.raises(ValueError, match=r"must depend on the outputs.* Received: .*Normal"):
+            use()
+
+
+def test_what_can_not_be_made_of_the_outputs_is_refused():
+    def of_two(outputs):
+        mean, scale = tf.unstack(outputs, axis=-1)
+        return tfd.Normal(mean, scale)
+
+    outputs = tf.zeros([4, 3])
+    match = r"of the width .* Received: outputs of shape \(4, 3\), .*ValueError: too many values"
+    with pytest.raises(ValueError, match=match):
+        Likelihood(of_two).distribution(outputs)
+    with pytest.raises(ValueError, match=match):
+        NegativeLogLikelihood(of_two)(tf.zeros([4]), outputs)

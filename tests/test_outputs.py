@@ -7,6 +7,8 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from keras_kfac import KFAC, NegativeLogLikelihood
+from keras_kfac.introspection import forward_pass, registry, statistics
+from keras_kfac.introspection.losses import Score, understood
 from tests import helpers
 from tests.cases import LOSS, factors, mlp
 from tests.reference import assert_close, kron
@@ -102,6 +104,62 @@ def test_exact_factors_of_one_example_equal_the_ggn(form, loss_weights, weighted
             )
             expected = ggn(model, tf.constant(x), y, sample_weight, model.get_layer(name))
             assert_close(kron(a, g), expected)
+
+
+# ---- Gradients of the training targets ----------------------------------------------------------
+
+
+def two_numbers(softmax=False):
+    """A trunk, its two outputs, and a loss of each with its weight."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((4,), dtype="float64")
+    options = {"bias_initializer": "random_normal", "dtype": "float64"}
+    h = layers.Dense(3, "tanh", name="trunk", **options)(x)
+    classes = layers.Dense(2, "softmax" if softmax else None, **options)(h)
+    model = keras.Model(x, [classes, layers.Dense(3, **options)(h)])
+    crossentropy = keras.losses.CategoricalCrossentropy(from_logits=not softmax, dtype="float64")
+    return model, [(crossentropy, 1.0), (keras.losses.MeanSquaredError(dtype="float64"), 4.0)]
+
+
+def trunk_factors(model, x, losses, y, seed=0):
+    trunk = model.get_layer("trunk")
+    (adapter,) = registry.adapt(trunk, lambda v: True)
+    with forward_pass.recording([trunk]) as recorded:
+        outputs = model(x, training=True)
+    recorded.terms = [
+        understood(Score(loss, outputs[i], tf.constant(y[i]), None, weight), i)
+        for i, (loss, weight) in losses.items()
+    ]
+    options = (statistics.Fisher.EMPIRICAL, tf.constant([seed, 0]), tf.float64)
+    return statistics.collect([recorded], [adapter], *options).layers[id(adapter)]
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_empirical_matrices_of_outputs_add_up_on_average(softmax):
+    """Of one example, over all patterns of signs: exactly."""
+    model, losses = two_numbers(softmax)
+    x, y = RNG.normal(size=(1, 4)), [np.eye(2)[:1], RNG.normal(size=(1, 3))]
+    alone = [trunk_factors(model, x, {i: own}, y)[1] for i, own in enumerate(losses)]
+    patterns = {}
+    for seed in range(12):
+        _, g = trunk_factors(model, x, dict(enumerate(losses)), y, seed)
+        patterns.setdefault(round(float(tf.reduce_sum(g)), 9), g)
+    plus, minus = patterns.values()
+    assert_close((plus + minus) / 2, alone[0] + alone[1])
+    assert np.abs(plus - minus).max() > 0.1 * np.abs(plus).max()
+
+
+def test_empirical_signs_are_of_each_example():
+    """What is left of the products between outputs falls as the root of the examples."""
+    model, losses = two_numbers()
+    x, copies = RNG.normal(size=(1, 4)), 2000
+    y = [np.eye(2)[:1], RNG.normal(size=(1, 3))]
+    alone = [trunk_factors(model, x, {i: own}, y)[1] for i, own in enumerate(losses)]
+    x, y = np.tile(x, (copies, 1)), [np.tile(own, (copies, 1)) for own in y]
+    _, g = trunk_factors(model, x, dict(enumerate(losses)), y)
+    expected = (alone[0] + alone[1]).numpy()
+    # Twice the product of the gradients is at most the sum of their squares.
+    assert 0 < np.abs(g - expected).max() < 5 / np.sqrt(copies) * np.trace(expected)
 
 
 # ---- Outputs of one number for each example, without an axis of features ------------------------

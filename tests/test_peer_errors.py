@@ -25,8 +25,9 @@ SEEN_BY = {
     "probabilities of a Softmax layer are taken for logits": [
         "test_peer_errors.test_softmax_layer_leads_to_its_logits"
     ],
-    "sample weights and masks do not reach the Fisher matrix": [
+    "weights of examples or classes and masks do not reach the Fisher matrix": [
         "test_exactness.TestScale.test_sample_weights_are_counts",
+        "test_known_losses.test_class_weights_are_sample_weights",
         "test_masks.test_padded_batch_equals_the_sequences_one_by_one",
     ],
     "a scale of zero makes all of a normalization NaN": [

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_kfac import _keras_internals
 from keras_kfac.introspection.negative_log_likelihood import NegativeLogLikelihood
 from keras_kfac.math import likelihood as of
 from keras_kfac.math.likelihood import Likelihood
@@ -32,7 +33,8 @@ def _crossentropy(
     of_logits: of.Make, of_probabilities: of.Make, averages_outputs: bool
 ) -> Callable[[keras.losses.Loss], Likelihood]:
     def likelihood(loss: keras.losses.Loss) -> Likelihood:
-        make = of_logits if loss.get_config()["from_logits"] else of_probabilities
+        _, options = _keras_internals.function_of(loss)
+        make = of_logits if options["from_logits"] else of_probabilities
         return Likelihood(make, of_logits, averages_outputs=averages_outputs)
 
     return likelihood
@@ -89,12 +91,15 @@ def keras_class(
 ) -> type[keras.losses.Loss] | None:
     """Which of some of Keras's classes a loss is of, with its mathematics.
 
-    A subclass that computes something else is of none.
+    A subclass that computes something else is of none, be it by its methods or by the function
+    that it calls.
     """
     for base in type(loss).__mro__:
         if base in classes:
             own = [getattr(type(loss), name) is getattr(base, name) for name in _COMPUTING]
-            return base if all(own) else None
+            function, _ = _keras_internals.function_of(loss)
+            usual, _ = _keras_internals.function_of(base())
+            return base if all(own) and function is usual else None
     return None
 
 
@@ -179,7 +184,12 @@ def as_likelihood(given: Any) -> Likelihood:
     """
     if not isinstance(given, (str, keras.losses.Loss)) and given not in _FUNCTIONS:
         return Likelihood(given)
-    _, likelihood = known(as_loss(given))
+    try:
+        _, likelihood = known(as_loss(given))
+    except ValueError:
+        if not isinstance(given, str):
+            raise
+        likelihood = None  # Keras knows no loss of that name.
     if likelihood is None:
         raise ValueError(
             "`likelihood` must be a loss with a known predictive distribution, one of keras.losses."
@@ -195,28 +205,20 @@ def likelihoods_of(
     """Those that somebody means for the outputs of a model, one after the other.
 
     Args:
-        given: For a model of one output; or a list or dict of them, by output. `None` for those
-            whose losses say it.
+        given: For a model of one output; or a list or dict of them, by output, nested as these
+            are. `None` for those whose losses say it.
         outputs: What the model returns.
         names: Of the outputs, where these are no dict.
 
     Raises:
         ValueError: For others than there are outputs.
     """
-    count = len(tf.nest.flatten(outputs))
-    if given is None:
-        return [None] * count
-    if isinstance(given, dict):
-        keys = sorted(outputs) if isinstance(outputs, dict) else list(names or [])
-        each = [given.get(key) for key in keys]
-        fits = len(keys) == count and set(given) <= set(keys)
-    else:
-        each = list(given) if isinstance(given, (list, tuple)) else [given]
-        fits = len(each) == count
-    if not fits:
+    each = _by_output(given, outputs, names or [])
+    if each is None:
         raise ValueError(
             "`likelihood` must have an entry for each output of the model, in a list, or in a dict "
-            f"by name. Received: likelihood={given!r} for {count} outputs, names {names}"
+            f"by name. Received: likelihood={given!r} for {len(tf.nest.flatten(outputs))} outputs, "
+            f"names {names}"
         )
     return [None if one is None else as_likelihood(one) for one in each]
 
@@ -236,10 +238,25 @@ def given_likelihoods(model: keras.Model, likelihood: Any, outputs: Any) -> list
     return likelihoods_of(likelihood, outputs, getattr(model, "output_names", None))
 
 
+def _by_output(given: Any, outputs: Any, names: Sequence[str]) -> list[Any] | None:
+    """What is given for each output, in a flat list; `None` if it does not fit."""
+    count = len(tf.nest.flatten(outputs))
+    if given is None:
+        return [None] * count
+    if isinstance(given, dict) and isinstance(outputs, dict):
+        below = [_by_output(given.get(key), outputs[key], []) for key in sorted(outputs)]
+        fits = set(given) <= set(outputs) and None not in below
+        return [one for part in below for one in part or []] if fits else None
+    each = list(given) if isinstance(given, (list, tuple)) else [given]
+    if isinstance(given, dict):
+        each = [given.get(name) for name in names] if set(given) <= set(names) else []
+    return each if len(each) == count else None
+
+
 def _check_supported(loss: keras.losses.Loss) -> None:
-    config = loss.get_config()
-    if config.get("axis", -1) != -1:
+    _, options = _keras_internals.function_of(loss)
+    if options.get("axis", -1) != -1:
         raise ValueError(
             "K-FAC supports losses over the last axis only. "
-            f"Received: {type(loss).__name__}(axis={config['axis']})"
+            f"Received: {type(loss).__name__}(axis={options['axis']})"
         )

@@ -6,6 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_kfac.math.likelihood import made
+
 
 @keras.saving.register_keras_serializable(package="keras_kfac")
 class NegativeLogLikelihood(keras.losses.Loss):
@@ -29,7 +31,8 @@ class NegativeLogLikelihood(keras.losses.Loss):
         dtype: Likewise.
 
     Raises:
-        ValueError: In training, for targets of a shape that is not the distribution's.
+        ValueError: In training, for targets of a shape that is not the distribution's, and for
+            outputs that no distribution can be made of.
 
     Example:
     >>> def learned_scale(outputs):
@@ -60,7 +63,7 @@ class NegativeLogLikelihood(keras.losses.Loss):
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
         """The loss at each position, `[batch, ...]`."""
-        distribution = self.distribution(y_pred)
+        distribution = made(self.distribution, y_pred)
         shape = distribution.batch_shape.concatenate(distribution.event_shape)
         # One number for each example comes as a column.
         if y_true.shape.rank == shape.rank + 1 and y_true.shape[-1] == 1:

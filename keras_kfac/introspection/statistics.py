@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_kfac import _keras_internals
 from keras_kfac.introspection.adapters import LayerAdapter
 from keras_kfac.introspection.batch_part import WHOLE, BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
@@ -90,7 +91,7 @@ def collect(
         passes: Forward passes that make up the loss of the step, with its terms.
         adapters: Layers to cover; those that no pass called are left out of the result.
         fisher: Which Fisher matrix.
-        seed: Stateless seed, int32 `[2]`, used by the sampled Fisher.
+        seed: Stateless seed, int32 `[2]`, of draws and random signs.
         dtype: Of the factors.
         samples: How many targets to draw for each example.
     """
@@ -107,7 +108,7 @@ def collect(
         if fisher is Fisher.EXACT:
             parts = _exact(item, called, dtype)
         elif fisher is Fisher.EMPIRICAL:
-            parts = _empirical(item, called, dtype)
+            parts = _empirical(item, called, pass_seed, dtype)
         elif fisher is Fisher.FORWARD_ONLY:
             parts = _forward_only(item, called, dtype)
         else:
@@ -269,17 +270,30 @@ def _exact_of_term(
 
 
 def _empirical(
-    item: ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
+    item: ScoredPass, adapters: Sequence[LayerAdapter], seed: tf.Tensor, dtype: tf.DType
 ) -> dict[int, tf.Tensor]:
     """Gradients of the training loss, scaled so that the outer products are on the Fisher's scale.
 
     With the loss `Σ c_p ℓ_p` and `ℓ_p = -w log r`, the matrix is `Σ c_p / w ∇ℓ_p ∇ℓ_pᵀ`, but for
-    products between positions, and between outputs.
+    products between positions of one output. Those between outputs vanish on average: each example
+    has random signs for these.
     """
     scaled = [(t, tf.sqrt(c / scalar(t.likelihood_weight(), c.dtype))) for t, c in item.terms]
-    with item.forward_pass.tape:
-        total = sum(term.weighted_sum(weights) for term, weights in scaled)
-    return _output_factors(item, adapters, total, None, dtype)
+    tape = item.forward_pass.tape
+    with tape:
+        totals = [term.weighted_sum(weights) for term, weights in scaled]
+    if len(totals) == 1:
+        return _output_factors(item, adapters, totals, None, dtype)
+    logits = [_keras_internals.loss_logits(term.outputs) for term, _ in scaled]
+    targets = [t.outputs if own is None else own for (t, _), own in zip(scaled, logits)]
+    vectors = []
+    for index, (total, target) in enumerate(zip(totals, targets)):
+        vector = tape.gradient(total, target, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        vector = tf.convert_to_tensor(vector)  # Of a loss that gathers, it may be some rows.
+        own_seed = tf.random.experimental.stateless_fold_in(seed, index)
+        bits = tf.random.stateless_uniform(tf.shape(vector)[:1], own_seed, 0, 2, tf.int32)
+        vectors.append(vector * with_rank(tf.cast(2 * bits - 1, vector.dtype), vector.shape.rank))
+    return _output_factors(item, adapters, targets, vectors, dtype)
 
 
 def _forward_only(

@@ -11,8 +11,9 @@ tfd = tfp.distributions
 def draw(distribution: Any, seed: tf.Tensor) -> tf.Tensor:
     """One draw for each distribution of a batch.
 
-    XLA can't compile the draws that TensorFlow Probability makes from `NegativeBinomial`. They are
-    those of a Poisson distribution whose rate is drawn from a Gamma distribution.
+    XLA can't compile the draws that TensorFlow Probability makes from `NegativeBinomial`,
+    `BetaBinomial` and `PoissonLogNormalQuadratureCompound`, alone or as parts of others. Here they
+    are those of a Poisson or Binomial distribution whose parameter is drawn first.
 
     Args:
         distribution: Of any class.
@@ -26,19 +27,8 @@ def draw(distribution: Any, seed: tf.Tensor) -> tf.Tensor:
     >>> draw(counts, tf.constant([1, 2])).shape
     TensorShape([2])
     """
-    inner = distribution
-    while hasattr(inner, "reinterpreted_batch_ndims"):  # Independent draws the same.
-        inner = inner.distribution
-    if not isinstance(inner, tfd.NegativeBinomial):
-        return _sample(distribution, seed)
-    first, second = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
-    rates = tfd.Gamma(inner.total_count, log_rate=-inner.logits_parameter()).sample(seed=first)
-    return tfd.Poisson(rates).sample(seed=second)
-
-
-def _sample(distribution: Any, seed: tf.Tensor) -> tf.Tensor:
     try:
-        return distribution.sample(seed=seed)
+        return _compilable(distribution).sample(seed=seed)
     except NotImplementedError as error:
         raise ValueError(
             "The sampled Fisher matrix needs draws from the predictive distribution, which has "
@@ -46,3 +36,59 @@ def _sample(distribution: Any, seed: tf.Tensor) -> tf.Tensor:
             "'empirical' with numbers as learning rate, momentum and damping. Received: "
             f"{distribution}"
         ) from error
+
+
+class _NegativeBinomial(tfp.distributions.NegativeBinomial):
+    """The same distribution, by other draws."""
+
+    def _sample_n(self, n: Any, seed: Any = None) -> tf.Tensor:
+        first, second = _two(seed)
+        rates = tfd.Gamma(self.total_count, log_rate=-self.logits_parameter())
+        return tfd.Poisson(rates.sample(n, seed=first)).sample(seed=second)
+
+
+class _BetaBinomial(tfp.distributions.BetaBinomial):
+    """Likewise."""
+
+    def _sample_n(self, n: Any, seed: Any = None) -> tf.Tensor:
+        first, second = _two(seed)
+        probabilities = tfd.Beta(self.concentration1, self.concentration0).sample(n, seed=first)
+        return tfd.Binomial(self.total_count, probs=probabilities).sample(seed=second)
+
+
+def _two(seed: Any) -> list[tf.Tensor]:
+    seed = tfp.random.sanitize_seed(seed)
+    return tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+
+
+def _inflated(distribution: Any) -> Any:
+    """With the distribution that it makes of its parameters as one of these."""
+    names = ("distribution", "inflated_loc_logits", "inflated_loc_probs", "inflated_loc")
+    return tfd.Inflated(**{name: getattr(distribution, name) for name in names})
+
+
+def _mixture(distribution: Any) -> Any:
+    """The mixture that it is."""
+    poisson, among = distribution.poisson_and_mixture_distributions()
+    return tfd.MixtureSameFamily(among, poisson)
+
+
+_INSTEAD = {
+    tfd.NegativeBinomial: lambda d: _NegativeBinomial(**d.parameters),
+    tfd.BetaBinomial: lambda d: _BetaBinomial(**d.parameters),
+    tfd.ZeroInflatedNegativeBinomial: lambda d: _compilable(_inflated(d)),
+    tfd.PoissonLogNormalQuadratureCompound: _mixture,
+}
+
+
+def _compilable(distribution: Any) -> Any:
+    """The same distribution with draws for XLA: of its parts, too, as mixtures have them."""
+    if type(distribution) in _INSTEAD:
+        return _INSTEAD[type(distribution)](distribution)
+    changed = {}
+    for name, value in distribution.parameters.items():
+        parts = tf.nest.flatten(value)
+        made = [_compilable(p) if isinstance(p, tfd.Distribution) else p for p in parts]
+        if any(new is not old for new, old in zip(made, parts)):
+            changed[name] = tf.nest.pack_sequence_as(value, made)
+    return distribution.copy(**changed) if changed else distribution

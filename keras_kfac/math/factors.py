@@ -123,7 +123,7 @@ def cross_moment(
 
     Example:
     >>> rows = tf.constant([[[1.0]], [[2.0]]])
-    >>> [np.sum(x) for x in cross_moment(rows, 10 * rows)]
+    >>> [float(np.sum(x)) for x in cross_moment(rows, 10 * rows)]
     [50.0, 2.0]
     """
     rows, total = _weighted(rows, weights)

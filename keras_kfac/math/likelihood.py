@@ -193,15 +193,10 @@ class Likelihood(OutputCurvature):
         """TFP distribution with one batch entry for each position of the outputs.
 
         Raises:
-            ValueError: If it has others, or is none.
+            ValueError: If it has others, is none, or can't be made.
         """
         outputs = _column(outputs)
-        distribution = self.make(_wide(outputs))
-        if not isinstance(distribution, tfd.Distribution):
-            raise ValueError(
-                "A likelihood must be a function from outputs to a `tfp.distributions.Distribution`"
-                f". Received: one that returns {distribution!r}"
-            )
+        distribution = made(self.make, _wide(outputs))
         if not distribution.batch_shape.is_compatible_with(outputs.shape[:-1]):
             raise ValueError(
                 "A likelihood must be one distribution for each position of the outputs "
@@ -220,10 +215,7 @@ class Likelihood(OutputCurvature):
             negative_log_likelihood = -distribution.log_prob(targets)
         gradient = tape.gradient(negative_log_likelihood, outputs)
         if gradient is None:
-            raise ValueError(
-                "The log-probability of a likelihood must depend on the outputs, by operations "
-                f"that can be differentiated. Received: {distribution}"
-            )
+            raise _constant(distribution)
         return gradient * scalar(self.weight(outputs) ** 0.5, outputs.dtype)
 
     def columns(self, outputs: tf.Tensor) -> int:
@@ -311,9 +303,41 @@ class Likelihood(OutputCurvature):
             form = form_of(distribution)
             parameters = () if form is None else form.parameters(distribution)
         varies = [tape.gradient(p, outputs) is not None for p in parameters]
+        if form is not None and not any(varies):
+            raise _constant(distribution)
         if form is None or any(v and fixed for v, fixed in zip(varies, form.is_constant)):
             return None
         return _Seen(outputs, form, parameters, varies, tape)
+
+
+def made(make: Make, outputs: tf.Tensor) -> Any:
+    """The distribution that a function makes of outputs.
+
+    Raises:
+        ValueError: If it can't, or what it makes is none.
+    """
+    try:
+        distribution = make(outputs)
+    except Exception as error:  # Of whatever class: the function is the user's.
+        first, *_ = str(error).splitlines() or [""]
+        raise ValueError(
+            "A likelihood must be a function that makes a distribution of outputs `[..., width]`, "
+            "of the width that the model has. Received: outputs of shape "
+            f"{outputs.shape}, for which it fails with {type(error).__name__}: {first}"
+        ) from error
+    if not isinstance(distribution, tfd.Distribution):
+        raise ValueError(
+            "A likelihood must be a function from outputs to a `tfp.distributions.Distribution`"
+            f". Received: one that returns {distribution!r}"
+        )
+    return distribution
+
+
+def _constant(distribution: Any) -> ValueError:
+    return ValueError(
+        "The log-probability of a likelihood must depend on the outputs, by operations that can be "
+        f"differentiated. Received: {distribution}"
+    )
 
 
 def _column(outputs: tf.Tensor) -> tf.Tensor:
