@@ -99,11 +99,14 @@ class KFAC(SteppingOptimizer):
               (PRONG, FOOF).
             - `"inverse_free"`: that of `"kfac"` from half as many numbers: in place of `A` and `G`
               roots of their damped inverses, kept up by matrix products alone. For weights in
-              bfloat16, too. Always in factored damping.
+              bfloat16, too. In factored damping only.
             - `"linear_exact"`: `A ⊗ G` times the number of layers: exact for deep linear networks,
               blocks between layers included.
             - `"diagonal"`: the diagonal of the block. `"full"`: the block as it is, for small
-              layers: a matrix with a row for each weight.
+              layers: a matrix with a row for each weight. `"dense"`: the Fisher matrix of all
+              layers that have this structure as it is, for small models.
+            - `"tridiagonal"`: for a chain of `Dense` layers, with what neighbours have in common.
+              In factored damping only.
 
             A dict by name, path or class of a layer, as in `{"conv2d": "ekfac"}` or
             `{keras.layers.Dense: "input"}`, chooses for some, the others are `"kfac"`; so does a

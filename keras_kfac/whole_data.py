@@ -94,12 +94,6 @@ def whole_curvature(settings: CurvatureSettings, data: tf.data.Dataset) -> Whole
             "No layer of this model has a curvature block. Received: model "
             f"{settings.model.name!r}\n{plan.rows}"
         )
-    rooted = [p.adapter.path for p in plan.blocks if p.inverse_type is not ExactInverse]
-    if rooted:
-        raise ValueError(
-            "A posterior needs the eigenvalues of blocks, which not all structures of curvature "
-            f"have. Received: {settings.curvature!r} for {rooted}"
-        )
     curvature = ModelCurvature(plan.blocks, _add_variable, None, spares_weak_blocks=False)
     add = _adder(settings, curvature)
     examples, log_likelihood = _through(data, add)

@@ -268,11 +268,11 @@ class TestTridiagonal:
     )
     def test_trains(self, policy, jit_compile):
         """What adapts itself, too, on a network with other layers in between."""
-        keras.config.set_dtype_policy(policy)
         optimizer = helpers.kfac(curvature="tridiagonal", **helpers.ADAPTIVE)
-        model = helpers.mlp_with_batch_normalization()
-        helpers.compiled(model, optimizer, jit_compile=jit_compile)
-        history = helpers.fit(model, helpers.vectors(), epochs=10).history["loss"]
+        with helpers.precision(policy):
+            model = helpers.mlp_with_batch_normalization()
+            helpers.compiled(model, optimizer, jit_compile=jit_compile)
+            history = helpers.fit(model, helpers.vectors(), epochs=10).history["loss"]
         assert history[-1] < 0.7 * history[0]
         helpers.assert_all_finite(model)
         (chain,) = (path for path in optimizer.staleness() if "hidden" in path)
@@ -347,8 +347,9 @@ class TestNoChain:
             KFAC(curvature="tridiagonal").attach(model).coverage()
         KFAC(curvature={"b": "tridiagonal"}).attach(model).coverage()
 
-    def test_exact_damping_is_refused(self):
-        optimizer = KFAC(curvature="tridiagonal", exact_damping=True)
+    @pytest.mark.parametrize("curvature", ["tridiagonal", "inverse_free"])
+    def test_exact_damping_is_refused(self, curvature):
+        optimizer = KFAC(curvature=curvature, exact_damping=True)
         with pytest.raises(
             ValueError, match=r"factor by factor, .*exact_damping=True.*Received: layer"
         ):

@@ -136,7 +136,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "gpt" else []) for n in MODELS]
+)
 def test_models_are_covered_and_learn(name):
     keras.utils.set_random_seed(0)
     make, data, loss = MODELS[name]

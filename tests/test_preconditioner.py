@@ -153,7 +153,7 @@ class TestProductDtype:
         # XLA may keep more than the 8 bits.
         least = 0 if options.get("jit_compile") else 1e-4
         for a, b in zip(reduced, full):
-            assert least <= np.linalg.norm(a - b) / np.linalg.norm(b) < 2e-2
+            assert least <= np.linalg.norm(a - b) / np.linalg.norm(b) < 3e-2
 
     def test_of_few_rows(self):
         reduced, full = (

@@ -199,6 +199,11 @@ def sequences(examples=64):
     return x, x[:, -1] % 3
 
 
+def slow(name):
+    """A parameter that only the slow tests take."""
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 DROPOUT = {"dropout": 0.1, "recurrent_dropout": 0.1}
 BODIES = {
     "simple": lambda: [layers.SimpleRNN(8)],
@@ -212,7 +217,9 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize(
+    "name", ["simple", "both-ways", *(slow(name) for name in ("stacked", "convolutional"))]
+)
 def test_learns(name):
     keras.utils.set_random_seed(0)
     model = helpers.compiled(classifier(*BODIES[name]()), KFAC())

@@ -12,7 +12,7 @@ from keras_kfac.curvature.regularization import mean_l2_coefficient
 from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
-from keras_kfac.math.inverses import Inverse, Part, Shape, relative_change
+from keras_kfac.math.inverses import ExactInverse, Inverse, Part, Shape, relative_change
 from keras_kfac.math.linalg import (
     Gradient,
     RowPairs,
@@ -78,6 +78,20 @@ class KroneckerBlock:
             inverse_type: As the user would like it damped, if there is a choice.
         """
         return BlockPlan(cls, adapter, inverse_type, cls.kind or adapter.block)
+
+    @classmethod
+    def check_factored(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> None:
+        """Refuses to damp a structure exactly that can only be damped by its factors.
+
+        Raises:
+            ValueError: If it is to be.
+        """
+        if inverse_type is ExactInverse:
+            raise ValueError(
+                f"`curvature` {cls.kind!r} can only be damped factor by factor, not exactly as "
+                "exact_damping=True and `laplace` need it. Received: layer "
+                f"{adapter.path!r}"
+            )
 
     @classmethod
     def merged(cls, plans: "Sequence[BlockPlan]", model: keras.Model) -> "BlockPlan":

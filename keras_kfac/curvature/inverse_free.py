@@ -33,7 +33,12 @@ class InverseFreeBlock(KroneckerBlock):
 
     @classmethod
     def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> BlockPlan:
-        """What to build for a layer that it suits: in factored damping in any case."""
+        """What to build for a layer that it suits.
+
+        Raises:
+            ValueError: If it is to be damped exactly.
+        """
+        cls.check_factored(adapter, inverse_type)
         return super().plan(adapter, RootInverse)
 
     @classmethod

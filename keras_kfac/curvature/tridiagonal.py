@@ -15,7 +15,7 @@ from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import DenseAdapter, Gradients, LayerAdapter
 from keras_kfac.introspection.chains import chain_break
 from keras_kfac.introspection.composite import CrossAdapter, JointWeightsAdapter
-from keras_kfac.math.inverses import ExactInverse, Inverse, Shape
+from keras_kfac.math.inverses import Inverse, Shape
 from keras_kfac.math.linalg import RowPairs, inner_product, scalar, trace
 from keras_kfac.math.tridiagonal import ChainInverse, Pair
 
@@ -62,12 +62,7 @@ class TridiagonalBlock(KroneckerBlock):
         Raises:
             ValueError: If it is to be damped exactly.
         """
-        if inverse_type is ExactInverse:
-            raise ValueError(
-                "`curvature` 'tridiagonal' can only be damped factor by factor, not exactly as "
-                "exact_damping=True and `laplace` need it. Received: layer "
-                f"{adapter.path!r}"
-            )
+        cls.check_factored(adapter, inverse_type)
         adapter.max_factor_size = max(adapter.dims)
         return super().plan(adapter, inverse_type)
 

@@ -50,8 +50,9 @@ def places_of(part: BatchPart, coefficients: Sequence[tf.Tensor], seed: tf.Tenso
         seed: Stateless seed, int32 `[2]`.
     """
     count = tf.reduce_max([part.examples(tf.shape(each)) for each in coefficients])
-    everything = tf.range(tf.shape(coefficients[0])[0])
-    return tf.random.experimental.stateless_shuffle(everything, seed)[:count]
+    # A shuffle that XLA can compile.
+    numbers = tf.random.stateless_uniform(tf.shape(coefficients[0])[:1], seed)
+    return tf.argsort(numbers)[:count]
 
 
 def whole_over_part(coefficients: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
