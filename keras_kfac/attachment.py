@@ -154,6 +154,11 @@ class Attachment:
         finally:
             self._is_inference = before
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether Keras has XLA compile the training step."""
+        return bool(self.model.jit_compile) and not self.model.run_eagerly
+
     def take_passes(self) -> list[ForwardPass]:
         """Forward passes that make up the loss of the step under way; forgets them.
 

@@ -13,6 +13,7 @@ from keras_kfac.curvature.choice import Curvature
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.introspection.adapters import MAX_FACTOR_SIZE
 from keras_kfac.introspection.forward_pass import instance_attribute
+from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.introspection.weight_sharing import EXPAND, Choice
 from keras_kfac.math.linalg import scaled_rows
 from keras_kfac.problem_report import ProblemReport
@@ -251,8 +252,9 @@ class KFAC(SteppingOptimizer):
                 _outside_graphs(lambda: self.build(trainable_variables))
         passes = attachment.take_passes()
         # What is unknown raises here, and not in a branch of the step or at some later one.
+        is_compiled = attachment.is_compiled and self.fisher == Fisher.SAMPLED
         for term in (term for forward_pass in passes for term in forward_pass.terms):
-            term.check(needs_targets=self._damping_rule is not None)
+            term.check(self._damping_rule is not None, compiles_draws=is_compiled)
         built = _outside_graphs(lambda: self._build_curvature(passes))
 
         is_burning_in = self._is_burning_in()

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_kfac import _keras_internals
 from keras_kfac.introspection import forward_pass, registry, statistics
+from keras_kfac.introspection.batch_part import places_of
 from keras_kfac.introspection.losses import Score, understood
 
 layers = keras.layers
@@ -249,6 +250,11 @@ def factors(
         adapter.reduces = adapter.can_reduce and reduce
     options = (y, fisher, sample_weight, seed, loss_weight, samples, likelihood)
     return collected(model, loss, x, adapters, *options)
+
+
+def first_places(*arguments):
+    """As many of the first examples as `places_of` draws of all: in place of it."""
+    return tf.range(tf.size(places_of(*arguments)))
 
 
 def collected(

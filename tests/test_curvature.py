@@ -13,7 +13,7 @@ from keras_kfac.introspection import example_gradients as introspection
 from keras_kfac.introspection import registry
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math import example_gradients
-from keras_kfac.math.inverses import ExactInverse, relative_change
+from keras_kfac.math.inverses import ExactInverse, FactoredInverse, relative_change
 from tests import helpers, test_recurrent
 from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, SCALES, collected, mlp
 from tests.oracle import in_network, places, random_inputs
@@ -307,7 +307,7 @@ class TestInverseFree:
             return keras.Variable(initializer, shape, dtype)
 
         (adapter,) = registry.adapt(mlp((5, 4)).layers[0], lambda v: True)
-        plan = STRUCTURES["inverse_free"].plan(adapter, ExactInverse)
+        plan = STRUCTURES["inverse_free"].plan(adapter, FactoredInverse)
         block = plan.build(variable, None)
         kept = *block._inverse, block.input_factor, block.output_factor
         assert plan.memory == sum(v.numpy().nbytes for v in kept)

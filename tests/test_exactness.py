@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfac.introspection import statistics
+from keras_kfac.introspection import batch_part, scored_pass, statistics
 from keras_kfac.introspection.batch_part import WHOLE, BatchPart
 from keras_kfac.math.likelihood import Likelihood
 from keras_kfac.math.moving_average import weighted_average
@@ -16,6 +16,7 @@ from tests.cases import (
     LOSSES,
     MSE,
     factors,
+    first_places,
     mlp,
     one_hot,
     real,
@@ -385,6 +386,7 @@ def test_squared_loss_ignores_the_activation():
 def test_sampled_factors_of_a_part_stand_for_the_whole_batch(reduction, weighted, monkeypatch):
     """On a batch that repeats its first quarter, with the draws replaced by what does not vary."""
     monkeypatch.setattr(Likelihood, "sampled_vector", lambda self, f, seed: self.root_column(f, 0))
+    monkeypatch.setattr(scored_pass, "places_of", first_places)
     rng = np.random.default_rng(2)
     model, loss = mlp((4, 5, 3)), keras.losses.MeanSquaredError(reduction, dtype="float64")
     x, weights = np.tile(rng.normal(size=(3, 4)), (4, 1)), np.tile(rng.uniform(1, 2, 3), 4)
@@ -405,6 +407,18 @@ def test_sampled_factors_of_a_part_stand_for_the_whole_batch(reduction, weighted
     monkeypatch.setattr(statistics, "SAMPLED_PART", BatchPart(0.25))
     other = factors(model, loss, np.r_[2 * x[:3], x[3:]], fisher="sampled")
     assert relative_difference(other[0].input_factor, results[3][0].input_factor) > 0.1
+
+
+@pytest.mark.parametrize("part", [BatchPart(0.5), BatchPart(0.1, min_rows=7), BatchPart(0.1)])
+def test_parts_are_drawn_at_random(part):
+    """Without repetition, others for another seed, and each example as often in the long run."""
+    coefficients = [tf.ones([10], tf.float64)]
+    draws = [batch_part.places_of(part, coefficients, (0, i)).numpy() for i in range(400)]
+    (count,) = {len(places) for places in draws}
+    assert count == int(part.examples(tf.constant([10])))
+    assert all(len(set(places)) == count for places in draws)
+    shares = np.bincount(np.concatenate(draws), minlength=10) / 400
+    np.testing.assert_allclose(shares, count / 10, atol=0.1)  # Four standard deviations.
 
 
 @pytest.mark.parametrize(

@@ -210,3 +210,21 @@ def test_what_can_not_be_made_of_the_outputs_is_refused():
         Likelihood(of_two).distribution(outputs)
     with pytest.raises(ValueError, match=match):
         NegativeLogLikelihood(of_two)(tf.zeros([4]), outputs)
+
+
+def test_draws_that_do_not_compile_are_refused_by_name():
+    """Where they would be compiled, and only there."""
+
+    def bates(outputs):
+        return tfd.Bates(3.0, high=1 + tf.exp(outputs[..., 0]))
+
+    x, y = RNG.normal(size=(8, 3)), RNG.uniform(size=8)
+    for jit_compile in (True, False):
+        model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+        helpers.compiled(model, KFAC(), NegativeLogLikelihood(bates), jit_compile=jit_compile)
+        if jit_compile:
+            with pytest.raises(ValueError, match=r"with jit_compile=False. Received: .*Bates"):
+                helpers.fit(model, (x, y))
+        else:
+            helpers.fit(model, (x, y))
+            helpers.assert_all_finite(model)

@@ -9,6 +9,8 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.known_losses import PerPosition, known
 from keras_kfac.introspection.target_curvature import TargetGradients, TargetHessian, is_convex
+from keras_kfac.math.draws import check_compiles
+from keras_kfac.math.families import form_of
 from keras_kfac.math.likelihood import Likelihood, OutputCurvature
 from keras_kfac.math.linalg import scalar, with_rank
 
@@ -93,20 +95,25 @@ class Term:
             )
         return self.score.targets
 
-    def check(self, needs_targets: bool) -> None:
+    def check(self, needs_targets: bool, compiles_draws: bool) -> None:
         """Raises what is wrong with the term, before a branch of the step hides where.
 
         Args:
             needs_targets: Whether the targets have to be known, even with a likelihood.
+            compiles_draws: Whether XLA has to compile draws from the likelihood.
 
         Raises:
             RuntimeError: Without targets.
-            ValueError: If the likelihood does not suit the outputs.
+            ValueError: If the likelihood does not suit the outputs, or XLA.
         """
         if self.needs_targets or needs_targets:
             _ = self.targets
-        if self.likelihood is not None:
-            self.likelihood.distribution(self.outputs)
+        if self.likelihood is None:
+            return
+        distribution = self.likelihood.distribution(self.outputs)
+        # XLA compiles those of all whose information is known.
+        if compiles_draws and form_of(distribution) is None:
+            check_compiles(self.likelihood.distribution, self.outputs)
 
     @property
     def needs_targets(self) -> bool:

@@ -1,5 +1,6 @@
 """Draws from distributions, where TensorFlow Probability's do not serve."""
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -35,6 +36,38 @@ def draw(distribution: Any, seed: tf.Tensor) -> tf.Tensor:
             "none. Use KFAC(fisher='exact') if its Fisher information is known in closed form, or "
             "'empirical' with numbers as learning rate, momentum and damping. Received: "
             f"{distribution}"
+        ) from error
+
+
+def check_compiles(make: Callable[[tf.Tensor], Any], outputs: tf.Tensor) -> None:
+    """Draws once under XLA, which does not say whose draws it can't compile.
+
+    Args:
+        make: From outputs to the distribution.
+        outputs: Some, of which shape and type count.
+
+    Raises:
+        ValueError: If it can't compile them.
+    """
+    zeros = tf.TensorSpec([1 if size is None else size for size in outputs.shape], outputs.dtype)
+    names: list[str] = []
+
+    @tf.function(jit_compile=True, autograph=False)
+    def drawn(outputs: tf.Tensor) -> tf.Tensor:
+        distribution = make(outputs)
+        names.append(repr(distribution))
+        return draw(distribution, tf.constant([0, 0]))
+
+    try:
+        with tf.init_scope():
+            drawn(tf.zeros(zeros.shape, zeros.dtype))
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        if "unsupported operations" not in str(error):
+            return  # Of zeros there may be no draws.
+        raise ValueError(
+            "XLA can't compile the draws that TensorFlow Probability makes from the likelihood. "
+            "Compile the model with jit_compile=False. Received: jit_compile=True with "
+            f"{names[-1]}"
         ) from error
 
 
