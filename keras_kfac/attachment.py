@@ -157,7 +157,7 @@ class Attachment:
     @property
     def is_compiled(self) -> bool:
         """Whether Keras has XLA compile the training step."""
-        return bool(self.model.jit_compile) and not self.model.run_eagerly
+        return self.model.compiled and self.model.jit_compile and not self.model.run_eagerly
 
     def take_passes(self) -> list[ForwardPass]:
         """Forward passes that make up the loss of the step under way; forgets them.

@@ -184,3 +184,52 @@ def test_weighted_micro_batches_are_the_large_batch(weights):
         found.append([f.numpy() for b in blocks for f in (b.input_factor, b.output_factor)])
     for whole, accumulated in zip(*found):
         assert_close(accumulated, whole)
+
+
+def small_models():
+    """Layers whose rows are positions or not, with what stops gradients at some of them."""
+    return {
+        "relu": ((4,), [layers.Dense(2, "relu"), layers.Dense(2)]),
+        "positions": ((5, 4), [layers.Dense(3, "relu"), layers.Flatten(), layers.Dense(2)]),
+        "conv": (
+            (16, 16, 1),
+            [layers.Conv2D(2, 1, activation="relu"), layers.Flatten(), layers.Dense(2)],
+        ),
+        "pool": (
+            (8, 8, 1),
+            [layers.Conv2D(2, 3), layers.MaxPooling2D(), layers.Flatten(), layers.Dense(2)],
+        ),
+        "lstm": ((5, 4), [layers.LSTM(3), layers.Dense(2)]),
+        "conv-lstm": ((3, 4, 2), [layers.ConvLSTM1D(2, 2), layers.Flatten(), layers.Dense(2)]),
+        "einsum": (
+            (5, 4),
+            [layers.EinsumDense("abc,cd->abd", (5, 3)), layers.Flatten(), layers.Dense(2)],
+        ),
+        "embedding": ((5,), [layers.Embedding(7, 3), layers.Flatten(), layers.Dense(2)]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "fisher"),
+    [
+        *((name, "sampled") for name in small_models()),
+        pytest.param("lstm", "exact", marks=pytest.mark.slow),
+        pytest.param("conv", "exact", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_of_one_are_none(name, fisher):
+    """In graphs whose batch has no static size, as `fit` has them."""
+    shape, rng = small_models()[name][0], np.random.default_rng(0)
+    x, y = rng.normal(size=(20, *shape)), rng.normal(size=(20, 2))
+    if name == "embedding":
+        x = rng.integers(0, 7, size=x.shape)
+    found = []
+    for weights in (None, np.ones(20)):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input(shape), *small_models()[name][1]])
+        optimizer = helpers.kfac(fisher=fisher, learning_rate=0.0, momentum=0.0, damping=0.1)
+        helpers.compiled(model, optimizer, keras.losses.MeanSquaredError())
+        helpers.fit(model, (x, y), batch_size=8, sample_weight=weights)
+        found.append(helpers.factors(optimizer))
+    for key, factor in found[0].items():
+        assert_close(found[1][key], factor, 2e-5)

@@ -56,7 +56,7 @@ class CompositeAdapter(LayerAdapter):
     @property
     def path(self) -> str:
         """What the block is called in reports."""
-        return f"{self.parts[0].path} ... {self.parts[-1].path}"
+        return " ... ".join(dict.fromkeys(part.path for part in (self.parts[0], self.parts[-1])))
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -127,6 +127,7 @@ class CrossAdapter(CompositeAdapter):
     Both must be called as often, and have as many positions.
     """
 
+    weighs_positions = True
     parts: Sequence[AffineAdapter]
 
     @property

@@ -107,12 +107,14 @@ class ForwardPass:
         sources = {
             id(layer): [call.outputs for call in self.calls.get(id(layer), [])] for layer in layers
         }
-        return self.tape.gradient(
+        found = self.tape.gradient(
             targets,
             sources,
             output_gradients=vectors,
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
+        # Of outputs that are gathered from, they can be a few rows.
+        return tf.nest.map_structure(tf.convert_to_tensor, found)
 
 
 class _Recording(threading.local):

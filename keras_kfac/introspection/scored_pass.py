@@ -11,6 +11,7 @@ from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import Term
 from keras_kfac.math import factors
 from keras_kfac.math.linalg import with_rank
+from keras_kfac.math.rows import of_examples
 
 Placed = dict[int, dict[Any, Any]]
 """Of each adapter and each of its calls: by `id` of the adapter and place of the call."""
@@ -127,11 +128,12 @@ class ScoredPass(NamedTuple):
     def row_weights(
         self, adapters: Sequence[LayerAdapter], seed: tf.Tensor, dtype: tf.DType
     ) -> Placed:
-        """What each row of inputs counts, `[used, positions]`; nothing if all count the same.
+        """What examples count, `[used]`, or rows, `[used, positions]`; nothing if all alike.
 
-        An example counts what it does in the terms of the loss that the layer has a part in, spread
-        over those of its positions that do. One pass backwards for each term tells which these
-        are: there the gradient of random numbers is not zero.
+        An example counts what it does in the terms of the loss that the layer has a part in, where
+        it can be told spread over those of its positions that do. One pass backwards for each term
+        tells which these are: there the gradient of random numbers is not zero. Of an example that
+        counts at all positions of a term, all rows do, gradient (of a relu) or not.
         """
         if not self.is_weighted:
             return {}
@@ -142,13 +144,18 @@ class ScoredPass(NamedTuple):
             own_seed = tf.random.experimental.stateless_fold_in(seed, index)
             vector = tf.random.stateless_normal(tf.shape(outputs), own_seed, dtype=outputs.dtype)
             vector *= with_rank(tf.cast(coefficients > 0, vector.dtype), vector.shape.rank)
+            others = list(range(1, coefficients.shape.rank))
+            is_whole = self.used(tf.reduce_all(coefficients > 0, axis=others))[:, tf.newaxis]
             gradients = self.forward_pass.output_gradients(layers, outputs, vector)
             for adapter in adapters:
                 mine = found.setdefault(id(adapter), {})
                 for place, seen in self.observed[id(adapter)].items():
                     arrived = adapter.arrived(gradients, place)
                     own = tf.nest.map_structure(lambda g: self.used(g, dtype), arrived)
-                    counts = tf.cast(adapter.counting_rows(own, *seen), dtype)
-                    weights = factors.row_weights(self.weights[index], counts)
+                    counts = adapter.counting_rows(own, *seen)
+                    counts |= is_whole & tf.reduce_any(counts)
+                    weights = factors.row_weights(self.weights[index], tf.cast(counts, dtype))
+                    if not adapter.weighs_positions:
+                        weights = of_examples(weights)
                     mine[place] = mine[place] + weights if place in mine else weights
         return found

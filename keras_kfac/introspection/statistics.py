@@ -138,7 +138,8 @@ def _input_factor(
     """The input factor, and its weight beside those of other batches."""
     total, weight, batches = (tf.zeros((), dtype) for _ in range(3))
     for item, row_weights in weighted:
-        batches += tf.cast(item.batch, dtype) if item.is_weighted else 1
+        # So that weights of 1 count as none do, whatever the reduction.
+        batches += tf.cast(item.batch, dtype) if item.is_weighted else item.total
         for place, call in adapter.calls(item.forward_pass).items():
             _check_batch(adapter, call.inputs, item)
             inputs = tf.nest.map_structure(item.used, call.inputs)
