@@ -29,7 +29,15 @@ class RowPairs(NamedTuple):
 
     def sum(self) -> tf.Tensor:
         """The gradient as a matrix, `[..., d_in, d_out]`."""
-        return tf.matmul(self.inputs, self.outputs, transpose_a=True)
+        # Of equal leading axes: see `_by_one_matrix`.
+        leading = tf.broadcast_static_shape(*(rows.shape[:-2] for rows in self))
+        inputs, outputs = (
+            rows
+            if rows.shape[:-2] == leading
+            else tf.broadcast_to(rows, [*leading, *tf.unstack(tf.shape(rows)[-2:])])
+            for rows in self
+        )
+        return tf.matmul(inputs, outputs, transpose_a=True)
 
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | RowPairs
@@ -152,8 +160,8 @@ def right_product(gradient: Gradient, matrix: tf.Tensor, transpose: bool = False
 def _by_one_matrix(gradient: tf.Tensor, matrix: tf.Tensor, transpose: bool) -> tf.Tensor:
     """`X M` of many `X` `[..., d]`, as one product.
 
-    TensorFlow 2.21 writes past its memory in the product of `[n, 1, m, d]` by `[d, d]` or
-    `[1, 1, d, d]`, in float32 on a CPU with oneDNN.
+    TensorFlow 2.21 writes past its memory in the product of `[n, 1, m, d]` by `[d, e]` or
+    `[1, 1, d, e]`, in float32 on a CPU with oneDNN.
     """
     rows = tf.reshape(gradient, [-1, gradient.shape[-1]])
     product = tf.matmul(rows, tf.reshape(matrix, matrix.shape[-2:]), transpose_b=transpose)
