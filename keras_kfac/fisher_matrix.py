@@ -1,4 +1,4 @@
-"""The Fisher matrix of a model on a batch, for those who study it."""
+"""The Fisher matrix and the Gauss-Newton matrix of a model on a batch, for those who study them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,17 +7,15 @@ import keras
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from keras_kfac.introspection.known_losses import as_loss, given_likelihoods, only_loss
-from keras_kfac.introspection.losses import Score, Term, understood
-from keras_kfac.introspection.observed_losses import observed_losses
-from keras_kfac.introspection.replay import Replay, tangents
+from keras_kfac.curvature_matrix import CurvatureMatrix, check_draws
+from keras_kfac.introspection.losses import Term
 from keras_kfac.introspection.target_curvature import unknown_likelihood
 from keras_kfac.math import spectra
-from keras_kfac.math.likelihood import Likelihood
+from keras_kfac.math.likelihood import Likelihood, OutputCurvature
 from keras_kfac.math.linalg import scalar, with_rank
 
 
-class FisherMatrix(tf.linalg.LinearOperator):
+class FisherMatrix(CurvatureMatrix):
     """The Fisher matrix of all trained weights of a model, for its loss on a batch.
 
     A `tf.linalg.LinearOperator`, so that products (`matvec`, `matmul`) take a derivative in forward
@@ -27,7 +25,7 @@ class FisherMatrix(tf.linalg.LinearOperator):
     The matrix is that of the loss as it is, with its reduction, sample weights and loss weights:
     `E[∇ log r ∇ log rᵀ]` of the predictive distribution `r`, times the weight `w` of the loss
     `-w log r`, averaged as the loss averages. For cross-entropies of logits and squared errors it
-    equals the generalised Gauss-Newton matrix.
+    equals the generalised Gauss-Newton matrix, `GaussNewtonMatrix`.
 
     The state of the model stays as it is: moving statistics, seeds, metrics.
 
@@ -40,9 +38,12 @@ class FisherMatrix(tf.linalg.LinearOperator):
             batch.
         damping: `λ >= 0`, float: the matrix is `F + λ I`.
         likelihood: As for `KFAC`; by default that of the model's optimizer, if it has one.
+        draws: Where the Fisher information of the outputs has no closed form, how many targets to
+            draw for each position, at least 1: always the same ones, so that the matrix is one.
 
     Raises:
-        ValueError: If the model has no loss, or one not known as a likelihood with a closed form.
+        ValueError: If the model has no loss, or one not known as a likelihood; without `draws`, if
+            that has no closed form.
 
     Example:
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
@@ -64,57 +65,26 @@ class FisherMatrix(tf.linalg.LinearOperator):
         training: bool = False,
         damping: float = 0.0,
         likelihood: Any = None,
+        draws: int | None = None,
     ) -> None:
-        parameters = dict(locals())
-        for name in ("self", "__class__"):
-            parameters.pop(name, None)
-        if not damping >= 0:
-            raise ValueError(f"`damping` must be at least 0. Received: damping={damping!r}")
-        if getattr(model, "loss", None) is None:
-            raise ValueError(
-                "The Fisher matrix belongs to a loss: compile the model with one. Received: model "
-                f"{model.name!r} without a loss"
-            )
-        self._model = model
-        self._variables = list(model.trainable_variables)
-        self._damping = damping
-        x = tf.nest.map_structure(tf.convert_to_tensor, x)
-        self._replay = Replay(model, (x,), {"training": training})
-        outputs = self._replay.outputs({})
-        given = given_likelihoods(model, likelihood, outputs)
-        with self._replay.scope({}):  # Metrics of single outputs stay as they are, too.
-            self._terms = _terms(model, x, y, outputs, sample_weight, given)
-        for term in self._terms:
-            if term.is_empirical:
-                raise unknown_likelihood(term.score.loss)
+        parameters = _arguments(locals())
+        if draws is not None and draws < 1:
+            raise ValueError(f"`draws` must be at least 1. Received: draws={draws!r}")
+        self._draws = draws
+        super().__init__(model, x, y, sample_weight, training, damping, likelihood, parameters)
+
+    def _check(self, term: Term) -> None:
+        if term.is_empirical:
+            raise unknown_likelihood(term.score.loss)
+        if self._draws is None:
             differentiable, curvature = term.differentiable(term.outputs)
             curvature.columns(differentiable)  # Raises if there is no closed form.
-        self._size = sum(int(v.value.shape.num_elements()) for v in self._variables)
-        self._products = tf.function(
-            lambda vectors: tf.map_fn(self._product, vectors), reduce_retracing=True
-        )
-        super().__init__(
-            dtype=tf.as_dtype(self._variables[0].dtype),
-            is_self_adjoint=True,
-            is_positive_definite=damping > 0 or None,
-            is_square=True,
-            parameters=parameters,
-        )
 
-    def flatten(self, values: Sequence[Any]) -> tf.Tensor:
-        """Tensors shaped as the trained weights, as one vector.
-
-        Args:
-            values: In the order of `model.trainable_variables`.
-        """
-        flat = [tf.reshape(tf.cast(value, self.dtype), [-1]) for value in values]
-        return tf.concat(flat, axis=0)
-
-    def unflatten(self, vector: tf.Tensor) -> list[tf.Tensor]:
-        """The inverse of `flatten`."""
-        sizes = [int(v.value.shape.num_elements()) for v in self._variables]
-        parts = tf.split(tf.cast(vector, self.dtype), sizes)
-        return [tf.reshape(part, v.shape) for part, v in zip(parts, self._variables)]
+    def _output_product(self, term: Term, outputs: tf.Tensor, direction: tf.Tensor) -> tf.Tensor:
+        """`c w F u` for each position of an output."""
+        _, curvature = term.differentiable(term.outputs)
+        seeds = [(0, index) for index in range(self._draws or 1)]
+        return _weighted(term, _mean_product(curvature, outputs, direction, seeds))
 
     def natural_gradient(
         self, gradients: Sequence[Any], tolerance: float = 1e-5, max_iterations: int = 100
@@ -132,46 +102,7 @@ class FisherMatrix(tf.linalg.LinearOperator):
         Raises:
             ValueError: Without damping: the matrix could be singular.
         """
-        if self._damping == 0:
-            raise ValueError(
-                "Conjugate gradients need a matrix that is positive definite. Make it with "
-                "`damping`. Received: damping=0"
-            )
-        state = tf.linalg.experimental.conjugate_gradient(
-            self, self.flatten(gradients), tol=tolerance, max_iter=max_iterations
-        )
-        return self.unflatten(state.x)
-
-    def trace_estimate(self, draws: int = 10, seed: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
-        """The trace of the matrix, without the matrix.
-
-        Args:
-            draws: Number of random vectors of signs, at least 2.
-            seed: Of these.
-
-        Returns:
-            An unbiased estimate, and its standard error.
-
-        Raises:
-            ValueError: For fewer draws, which have no error.
-        """
-        _check_draws(draws)
-        return spectra.trace_estimate(self, draws, seed)
-
-    def largest_eigenvalues(self, count: int = 10, steps: int = 12, seed: int = 0) -> tf.Tensor:
-        """The largest eigenvalues, each as often as it occurs, by the block method of Lanczos.
-
-        Where the blocks would fill the space, the matrix is formed instead.
-
-        Args:
-            count: How many.
-            steps: Blocks to take, each of `count` products.
-            seed: Of the vectors to start with.
-
-        Returns:
-            `[count]`, falling.
-        """
-        return spectra.largest_eigenvalues(self, count, steps, seed)
+        return self._conjugate_gradients(gradients, tolerance, max_iterations)
 
     def kl_divergence(self, steps: Sequence[Any]) -> tf.Tensor:
         """`KL(r_θ ‖ r_θ+δ)` of the predictions, scaled and averaged as the loss is.
@@ -202,7 +133,7 @@ class FisherMatrix(tf.linalg.LinearOperator):
         Raises:
             ValueError: For fewer draws, which have no error.
         """
-        _check_draws(draws)
+        check_draws(draws)
 
         def each_draw(old: Any, new: Any, index: int) -> tf.Tensor:
             y = old.sample(draws, seed=tf.constant([seed, index]))
@@ -230,39 +161,124 @@ class FisherMatrix(tf.linalg.LinearOperator):
             total += tf.cast(weighted * term.likelihood_weight(), self.dtype)
         return total
 
-    def _differentiable(self, weights: dict[int, tf.Tensor]) -> list[tf.Tensor]:
-        return self._of_outputs(self._replay.outputs(weights))
 
-    def _of_outputs(self, outputs: Any) -> list[tf.Tensor]:
-        flat = tf.nest.flatten(outputs)
-        return [term.differentiable(flat[term.index])[0] for term in self._terms]
+class GaussNewtonMatrix(CurvatureMatrix):
+    """The generalised Gauss-Newton matrix of all trained weights, for a model's loss on a batch.
 
-    def _shape(self) -> tf.TensorShape:
-        return tf.TensorShape([self._size, self._size])
+    `Jᵀ H J` with the Hessian matrix `H` of the loss by the outputs of the model, on the targets of
+    the batch, whatever the loss: reductions, sample weights and loss weights included. It equals
+    `FisherMatrix` for losses of exponential families by their natural parameters, and of
+    probabilities by the logits behind them, where Keras knows these. For others it depends on the
+    targets, and it is positive semi-definite only if the loss is convex in the outputs.
 
-    def _shape_tensor(self) -> tf.Tensor:
-        return tf.constant([self._size, self._size])
+    A `tf.linalg.LinearOperator` like `FisherMatrix`, which leaves the model as it is, too.
 
-    def _matmul(self, x: tf.Tensor, adjoint: bool = False, adjoint_arg: bool = False) -> tf.Tensor:
-        columns = x if adjoint_arg else tf.linalg.matrix_transpose(x)
-        products = self._products(tf.convert_to_tensor(columns, self.dtype))
-        return tf.linalg.matrix_transpose(products)
+    Args:
+        model: A built model, compiled with a loss.
+        x: Inputs of the batch.
+        y: Targets.
+        sample_weight: As for `fit`.
+        training: Whether the forward pass is one of training.
+        damping: `λ >= 0`, float: the matrix is `Jᵀ H J + λ I`.
 
-    def _product(self, vector: tf.Tensor) -> tf.Tensor:
-        weights = {id(v): tf.convert_to_tensor(v.value) for v in self._variables}
-        direction = dict(zip(weights, self.unflatten(vector)))
-        _, (along,) = tangents(self._replay, weights, [direction], self._of_outputs, None)
+    Raises:
+        ValueError: If the model has no loss.
+
+    Example:
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    >>> model.compile("sgd", "logcosh")  # Its second derivative is 1 / cosh² of the distance.
+    >>> far, near = model(np.ones((1, 1))) + np.array([[20.0], [0.0]])
+    >>> [GaussNewtonMatrix(model, np.ones((1, 1)), y[None]).to_dense().numpy().round(3).item()
+    ...  for y in (far, near)]
+    [0.0, 1.0]
+
+    Source: Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient
+    descent"; Martens (2020), sections 6 and 9.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        training: bool = False,
+        damping: float = 0.0,
+    ) -> None:
+        parameters = _arguments(locals())
+        if y is None:
+            raise ValueError("The Gauss-Newton matrix depends on the targets. Received: y=None")
+        super().__init__(model, x, y, sample_weight, training, damping, None, parameters)
+
+    def _check(self, term: Term) -> None:
+        """There is one of every loss."""
+
+    def _output_product(self, term: Term, outputs: tf.Tensor, direction: tf.Tensor) -> tf.Tensor:
+        """The derivative of the gradient, by the outputs, along the direction."""
+        seen, curvature = term.differentiable(term.outputs)
+        if seen is not term.outputs:  # Logits, of which the Fisher matrix is the Hessian.
+            return _weighted(term, _mean_product(curvature, outputs, direction, [(0, 0)]))
+        coefficients = term.coefficients()
+        with tf.GradientTape() as outer:
+            outer.watch(outputs)
+            with tf.GradientTape() as inner:
+                inner.watch(outputs)
+                values = term.values(outputs)
+                total = tf.reduce_sum(values * tf.cast(coefficients, values.dtype))
+            gradient = inner.gradient(total, outputs, unconnected_gradients="zero")
+            slope = tf.reduce_sum(gradient * tf.stop_gradient(direction))
+        return outer.gradient(slope, outputs, unconnected_gradients="zero")
+
+    def gauss_newton_step(
+        self, gradients: Sequence[Any], tolerance: float = 1e-5, max_iterations: int = 100
+    ) -> list[tf.Tensor]:
+        """`(Jᵀ H J + λ I)⁻¹ ∇`, by conjugate gradients, for losses that are convex in the outputs.
+
+        Args:
+            gradients: `∇`, in the order of `model.trainable_variables`.
+            tolerance: Where to stop, as the norm of the residual over that of the gradient.
+            max_iterations: Where to stop at the latest.
+
+        Returns:
+            Tensors shaped as the gradients.
+
+        Raises:
+            ValueError: Without damping: the matrix could be singular.
+        """
+        return self._conjugate_gradients(gradients, tolerance, max_iterations)
+
+
+def _arguments(names: dict[str, Any]) -> dict[str, Any]:
+    """Those of a constructor."""
+    return {name: value for name, value in names.items() if name not in ("self", "__class__")}
+
+
+def _mean_product(
+    curvature: OutputCurvature,
+    outputs: tf.Tensor,
+    direction: tf.Tensor,
+    seeds: Sequence[tuple[int, int]],
+) -> tf.Tensor:
+    """`w F u` for each position of an output; of draws, where there is no closed form."""
+    other = tf.zeros_like(direction)
+
+    def product(seed: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            tape.watch(weights)
-            outputs = self._differentiable(weights)
-        back = [_curvature(term, out, u) for term, out, u in zip(self._terms, outputs, along)]
-        gradients = tape.gradient(outputs, weights, back, unconnected_gradients="zero")
-        return self.flatten(gradients.values()) + scalar(self._damping, self.dtype) * vector
+            tape.watch(other)
+            products = curvature.curvature_products(outputs, [direction, other], seed)
+        return tape.gradient(products[0, 1], other)
+
+    if len(seeds) == 1:
+        return product(tf.constant(seeds[0]))
+    each = tf.map_fn(product, tf.constant(seeds), fn_output_signature=direction.dtype)
+    return tf.reduce_mean(each, axis=0)
 
 
-def _check_draws(draws: int) -> None:
-    if draws < 2:
-        raise ValueError(f"`draws` must be at least 2. Received: draws={draws!r}")
+def _weighted(term: Term, vector: tf.Tensor) -> tf.Tensor:
+    """With what the positions count in the loss."""
+    # Derivatives in forward mode may have lost their shape.
+    coefficients = tf.cast(term.coefficients(), vector.dtype)
+    return vector * with_rank(coefficients, term.outputs.shape.rank)
 
 
 def _closed_divergence(old: Any, new: Any, index: int) -> tf.Tensor:
@@ -273,55 +289,3 @@ def _closed_divergence(old: Any, new: Any, index: int) -> tf.Tensor:
             "TensorFlow Probability has no closed form of this divergence: use `kl_estimate`. "
             f"Received: {old}"
         ) from error
-
-
-def _terms(
-    model: keras.Model,
-    x: Any,
-    y: Any,
-    outputs: Any,
-    sample_weight: Any,
-    given: Sequence[Likelihood | None],
-) -> list[Term]:
-    """The losses of the outputs."""
-    flat = tf.nest.flatten(outputs)
-    if y is None:
-        if len(flat) != 1:
-            raise ValueError(
-                "The Fisher matrix of a model of several outputs needs targets, to see which loss "
-                f"is of which output. Received: y=None for {len(flat)} outputs"
-            )
-        weight = None if sample_weight is None else tf.convert_to_tensor(sample_weight)
-        loss, loss_weight = only_loss(model)
-        score = Score(as_loss(loss), flat[0], None, weight, loss_weight, is_complete=False)
-        term = understood(score, 0, given[0])
-        if term.needs_targets and not term.is_empirical:
-            raise ValueError(
-                "The Fisher matrix of this loss depends on the targets. Received: y=None for "
-                f"loss={loss!r}"
-            )
-        return [term]
-    with observed_losses() as observed:
-        total = model.compute_loss(x, y, outputs, sample_weight, training=False)
-    places = {id(output): index for index, output in enumerate(flat)}
-    scores = observed.terms(total).scores
-    if any(id(score.outputs) not in places for score in scores):
-        raise ValueError(
-            "The Fisher matrix is that of losses of the model's outputs as they are. Received: "
-            f"losses {[score.loss.name for score in scores]} of other tensors"
-        )
-    return [understood(s, places[id(s.outputs)], given[places[id(s.outputs)]]) for s in scores]
-
-
-def _curvature(term: Term, outputs: tf.Tensor, direction: tf.Tensor) -> tf.Tensor:
-    """`c w F u` for each position of an output."""
-    _, likelihood = term.differentiable(term.outputs)
-    seed = tf.zeros([2], tf.int32)
-    other = tf.zeros_like(direction)
-    with tf.GradientTape() as tape:
-        tape.watch(other)
-        products = likelihood.curvature_products(outputs, [direction, other], seed)
-    vector = tape.gradient(products[0, 1], other)
-    # Derivatives in forward mode may have lost their shape.
-    coefficients = tf.cast(term.coefficients(), vector.dtype)
-    return vector * with_rank(coefficients, outputs.shape.rank)

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from keras_kfac import KFAC, FisherMatrix, NegativeLogLikelihood
+from keras_kfac import KFAC, FisherMatrix, GaussNewtonMatrix, NegativeLogLikelihood
 from tests import helpers
 from tests.cases import LOSS, LOSSES, mlp, without_head_activation
 from tests.reference import assert_close, dense_ggn, loss_value
@@ -254,12 +254,106 @@ def test_model_without_loss_is_refused():
         FisherMatrix(mlp((3, 2)), RNG.normal(size=(4, 3)))
 
 
-def test_distribution_without_closed_form_is_refused():
-    def mixture(outputs):
-        parts = tfd.Normal(outputs[..., :2], tf.exp(outputs[..., 2:4]))
-        return tfd.MixtureSameFamily(tfd.Categorical(outputs[..., 4:]), parts)
+def mixture(outputs):
+    """Of as many normal distributions as the outputs have triples."""
+    means, scales, logits = tf.split(outputs, 3, axis=-1)
+    return tfd.MixtureSameFamily(tfd.Categorical(logits), tfd.Normal(means, tf.exp(scales)))
 
-    model = mlp((3, 6))
-    model.compile("sgd", NegativeLogLikelihood(mixture, dtype="float64"))
-    with pytest.raises(ValueError, match=r"not known in closed form.* Received: .*Mixture"):
-        FisherMatrix(model, RNG.normal(size=(4, 3)))
+
+class TestWithoutClosedForm:
+    def fisher(self, parts=1, **kwargs):
+        model = mlp((3, 3 * parts))
+        model.compile("sgd", NegativeLogLikelihood(mixture, dtype="float64"))
+        return FisherMatrix(model, np.random.default_rng(0).normal(size=(4, 3)), **kwargs), model
+
+    def test_draws_are_asked_for(self):
+        with pytest.raises(ValueError, match=r"FisherMatrix\(draws=.*Received: .*Mixture"):
+            self.fisher(2)
+        with pytest.raises(ValueError, match=r"`draws` must be at least 1. Received: draws=0"):
+            self.fisher(2, draws=0)
+
+    def test_draws_are_the_same_for_all_products(self):
+        fisher, _ = self.fisher(2, draws=3)
+        dense = fisher.to_dense().numpy()
+        assert_close(dense, dense.T)
+        assert np.linalg.eigvalsh(dense).min() > -1e-12 * np.linalg.eigvalsh(dense).max()
+        vector = RNG.normal(size=len(dense))
+        assert_close(fisher.matvec(vector), dense @ vector)
+        other, _ = self.fisher(2, draws=4)
+        assert np.abs(other.to_dense() - dense).max() > 0.01 * np.abs(dense).max()
+
+    def test_draws_converge(self):
+        """To the matrix of the normal distribution that a mixture of one is, as 1 / sqrt(k)."""
+        _, model = self.fisher(draws=1)
+        x = np.random.default_rng(0).normal(size=(4, 3))
+        exact = FisherMatrix(
+            model, x, likelihood=lambda o: tfd.Normal(o[..., 0], tf.exp(o[..., 1]))
+        ).to_dense()
+        errors = [
+            np.linalg.norm(self.fisher(draws=draws)[0].to_dense() - exact) / np.linalg.norm(exact)
+            for draws in (100, 3_000)
+        ]
+        assert errors[1] < 0.25 and 2 < errors[0] / errors[1] < 15
+
+
+# ---- The Gauss-Newton matrix --------------------------------------------------------------------
+
+FOCAL = keras.losses.CategoricalFocalCrossentropy
+OTHER_LOSSES = {
+    "huber": lambda: keras.losses.Huber(dtype="float64"),
+    "log-cosh": lambda: keras.losses.LogCosh(dtype="float64", reduction="sum"),
+    "poisson": lambda: keras.losses.Poisson(dtype="float64"),
+    "squared-hinge": lambda: keras.losses.SquaredHinge(dtype="float64"),
+    "focal": lambda: FOCAL(dtype="float64"),
+    "cosine": lambda: keras.losses.CosineSimilarity(dtype="float64"),
+}
+
+
+class TestGaussNewtonMatrix:
+    @pytest.mark.parametrize("case", LOSSES, ids=str)
+    def test_is_the_fisher_matrix_of_natural_parameters(self, case):
+        fisher, model, x = fisher_of(case)
+        y = case.targets(RNG, (5, 3))
+        assert_close(GaussNewtonMatrix(model, x, y).to_dense(), fisher.to_dense())
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("name", OTHER_LOSSES)
+    def test_is_that_of_any_loss(self, name, weighted):
+        """Against the Hessian matrix of Keras's loss by autodiff, which is none of a likelihood."""
+        model, loss = mlp((4, 3, 3), head=LOSS["cce-softmax"]), OTHER_LOSSES[name]()
+        model.compile("sgd", loss)
+        x, y = RNG.normal(size=(5, 4)), RNG.uniform(0.1, 1, size=(5, 3))
+        weights = RNG.uniform(0.5, 2, 5) if weighted else None
+        expected = dense_ggn(model, loss, x, y, model.trainable_variables, weights)
+        assert_close(GaussNewtonMatrix(model, x, y, weights).to_dense(), expected)
+        if name in ("huber", "log-cosh", "poisson"):
+            other = FisherMatrix(model, x, y, weights).to_dense()
+            assert np.abs(other - expected).max() > 0.01 * np.abs(expected).max()
+
+    def test_of_several_outputs(self):
+        names = ["classes", "numbers"]
+        with helpers.precision("float64"):
+            model = network(names, as_dict=True)
+            losses = {name: LOSS_OF[name]() for name in names}
+            model.compile("sgd", losses, loss_weights={"classes": 0.5, "numbers": 2.0})
+            x, y = RNG.normal(size=(6, 4)), targets(names, 6)
+            ours = GaussNewtonMatrix(model, x, y).to_dense()
+            assert_close(ours, FisherMatrix(model, x, y).to_dense())
+
+    def test_step_solves(self):
+        model = mlp((4, 3))
+        model.compile("sgd", OTHER_LOSSES["log-cosh"]())
+        x, y = RNG.normal(size=(5, 4)), RNG.normal(size=(5, 3))
+        matrix = GaussNewtonMatrix(model, x, y, damping=0.1)
+        gradients = [RNG.normal(size=v.shape) for v in model.trainable_variables]
+        found = matrix.gauss_newton_step(gradients, tolerance=1e-12, max_iterations=500)
+        expected = np.linalg.solve(matrix.to_dense(), matrix.flatten(gradients))
+        assert_close(matrix.flatten(found), expected, 1e-8)
+        with pytest.raises(ValueError, match=r"positive definite.* Received: damping=0"):
+            GaussNewtonMatrix(model, x, y).gauss_newton_step(gradients)
+
+    def test_needs_targets(self):
+        model = mlp((4, 3))
+        model.compile("sgd", "mse")
+        with pytest.raises(ValueError, match=r"depends on the targets. Received: y=None"):
+            GaussNewtonMatrix(model, RNG.normal(size=(5, 4)), None)

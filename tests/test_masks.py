@@ -71,6 +71,21 @@ def test_padded_batch_equals_the_sequences_one_by_one(name):
             assert relative_difference(other.input_factor, padded.input_factor) > 0.01
 
 
+@pytest.mark.parametrize("name", ["dense", "lstm", "multi-head"])
+def test_in_graphs_of_unknown_size(name):
+    """As `fit` has them."""
+    model, loss = network(name), LOSS["mse"].make()
+    adapted = adapted_layers(model)
+    graph = tf.function(
+        lambda tokens: [tuple(own) for own in factors(model, loss, tokens, layers=adapted)],
+        input_signature=[tf.TensorSpec([None, None], "int32")],
+    )
+    eager = factors(model, loss, PADDED, layers=adapted)
+    for found, expected in zip(graph(tf.constant(PADDED, "int32")), eager):
+        for actual, own in zip(found, expected):
+            assert_close(actual, own, 1e-12)
+
+
 @pytest.mark.parametrize("name", ["dense", "lstm"])
 def test_every_sequence_counts_the_same_where_the_loss_pools(name):
     model, loss = network(name, pools=True), LOSS["mse"].make()

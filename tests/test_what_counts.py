@@ -110,6 +110,140 @@ class TestPositions:
         assert_close(a, rows.T @ rows / 15)
 
 
+class TestPositionsOfOtherLayers:
+    """Those of weight 0 do not count in convolutions, recurrent layers and calls step by step."""
+
+    WEIGHTS = np.array([[1.0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [3, 3, 3, 0, 0]])
+
+    def statistics(self, layer, x, y, weights, **kwargs):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input(x.shape[1:], dtype="float64"), layer])
+        inner = getattr(layer, "layer", layer)
+        inner.set_weights([np.ones(v.shape) for v in inner.weights])
+        options = {"sample_weight": weights, "layers": [inner], **kwargs}
+        (found,) = factors(model, MSE(), x, y, **options)
+        return found
+
+    @pytest.mark.parametrize("weights", [WEIGHTS, np.array([[1.0], [0], [2]])], ids=["5", "1"])
+    @pytest.mark.parametrize("name", ["conv", "grouped", "steps", "einsum"])
+    def test_are_as_those_of_a_dense_layer(self, name, weights):
+        """By factors, where the layer is the same map of every position."""
+        own = {"dtype": "float64"}
+        layer = {
+            "conv": lambda: layers.Conv1D(2, 1, **own),
+            "grouped": lambda: layers.Conv1D(2, 1, groups=2, use_bias=False, **own),
+            "steps": lambda: layers.TimeDistributed(layers.Dense(2, **own), **own),
+            "einsum": lambda: layers.EinsumDense("abc,cd->abd", (5, 2), bias_axes="d", **own),
+        }[name]()
+        _, x, y = sequences()
+        found = self.statistics(layer, x, y, weights)
+        dense = self.statistics(layers.Dense(2, **own), x, y, weights)
+        a, g = dense.input_factor.numpy(), dense.output_factor.numpy()
+        if name == "grouped":  # The kernels and inputs of a group, each by itself.
+            a = np.stack([a[:2, :2], a[2:4, 2:4]])
+            g = np.stack([g[:1, :1], g[1:, 1:]])
+        assert_close(found.input_factor, a)
+        assert_close(found.output_factor, g)
+
+    @pytest.mark.parametrize("name", ["rnn", "lstm", "gru", "conv-lstm"])
+    def test_steps_after_the_last_that_counts_can_hold_anything(self, name):
+        own = {"dtype": "float64", "return_sequences": True}
+        make = {
+            "rnn": lambda: layers.SimpleRNN(2, **own),
+            "lstm": lambda: layers.LSTM(2, **own),
+            "gru": lambda: layers.GRU(2, reset_after=False, use_bias=False, **own),
+            "conv-lstm": lambda: layers.ConvLSTM1D(2, 1, **own),
+        }[name]
+        _, x, y = sequences()
+        if name == "conv-lstm":
+            x, y = x[..., np.newaxis, :], y[..., np.newaxis, :]
+        weights = self.WEIGHTS if name != "conv-lstm" else self.WEIGHTS[..., np.newaxis]
+        counts = np.reshape(self.WEIGHTS, [3, 5, *[1] * (x.ndim - 2)]) > 0
+        each = []
+        for inputs in (x, np.where(counts, x, 1e3), np.where(counts, 1e3, x)):
+            model = keras.Sequential([keras.Input(x.shape[1:], dtype="float64"), make()])
+            model.layers[0].set_weights([np.full(v.shape, 0.1) for v in model.weights])
+            each.append(
+                [f.input_factor for f in factors(model, MSE(), inputs, y, sample_weight=weights)]
+            )
+        for before, after, changed in zip(*each):
+            assert_close(after, before, 1e-12)
+            assert relative_difference(changed, before) > 0.1
+
+    def test_pixels_of_a_part_of_the_image_count_in_what_is_thinned(self):
+        """The sampled Fisher matrix sees a quarter of the pixels of an image."""
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(4, 16, 16, 2)), rng.normal(size=(4, 16, 16, 1))
+        weights = np.zeros((4, 16, 16))
+        weights[:, :8] = 1
+        other = np.where(weights[..., np.newaxis] > 0, x, 1e3)
+        layer = layers.Conv2D(1, 1, dtype="float64")
+        found = [self.statistics(layer, i, y, weights, fisher="sampled") for i in (x, other)]
+        first, second = (each.input_factor for each in found)
+        assert_close(second, first, 1e-12)
+        thin = np.c_[x[:, :8:2, ::2].reshape(-1, 2), np.ones(128)]
+        assert_close(first, thin.T @ thin / 128)
+
+
+class Positions(layers.Layer):
+    """Adds a vector for each position: `[steps, width]`, of no example."""
+
+    def __init__(self, steps, width, lookup):
+        super().__init__(dtype="float64")
+        self.steps, self.lookup = steps, lookup
+        make = layers.Embedding if lookup else layers.Dense
+        self.table = make(*([steps, width] if lookup else [width]), dtype="float64")
+
+    def build(self, input_shape):
+        self.table.build((self.steps,) if self.lookup else (self.steps, 3))
+
+    def call(self, x):
+        places = tf.range(self.steps)
+        if not self.lookup:
+            places = tf.cast(tf.stack([places, places**2, -places], axis=-1), "float64")
+        return x + self.table(places)
+
+
+@pytest.mark.parametrize(
+    ("lookup", "run_eagerly", "batch"),
+    [(True, False, 5), (True, True, 6), (False, False, 6)],
+    ids=["embedding", "eager", "dense"],
+)
+def test_rows_that_all_examples_share_count_alike(lookup, run_eagerly, batch):
+    """Of positions, for example: even as many as examples, where the graph is for any batch."""
+    keras.utils.set_random_seed(0)
+    shared = Positions(5, 4, lookup)
+    last = layers.Dense(2, dtype="float64")
+    model = keras.Sequential([keras.Input((5, 4), dtype="float64"), shared, last])
+    rng = np.random.default_rng(0)
+    size = 2 * batch + 1  # The last batch is another.
+    x, y = rng.normal(size=(size, 5, 4)), rng.normal(size=(size, 5, 2))
+    weights = rng.uniform(size=(size, 1))
+    optimizer = helpers.kfac(fisher="exact", learning_rate=0.0)
+    helpers.compiled(model, optimizer, MSE(), run_eagerly=run_eagerly)
+    helpers.fit(model, (x, y), batch_size=batch, sample_weight=weights)
+    block, _ = optimizer._known.curvature.blocks
+    if lookup:
+        assert_close(block.input_factor, np.full(5, 0.2))
+    else:
+        rows = np.stack([np.arange(5), np.arange(5) ** 2, -np.arange(5), np.ones(5)], axis=-1)
+        assert_close(block.input_factor, rows.T @ rows / 5)
+    assert np.linalg.eigvalsh(block.output_factor.value.numpy())[-1] > 0
+
+
+def test_weights_of_one_number_for_each_example():
+    """Keras makes one value of them, for outputs `[batch]`: all weights count for it alike."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,), dtype="float64")
+    layer = layers.Dense(1, dtype="float64")
+    model = keras.Model(inputs, keras.ops.squeeze(layer(inputs), axis=-1))
+    rng = np.random.default_rng(0)
+    x, y, weights = rng.normal(size=(6, 4)), rng.normal(size=6), rng.uniform(size=6)
+    expected = layer_block(model, MSE(), x, y, layer, sample_weight=weights)
+    ((a, g),) = factors(model, MSE(), x, y, sample_weight=weights, layers=[layer])
+    assert_close(kron(a, g), expected)
+
+
 def heads():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,), dtype="float64")

@@ -62,7 +62,6 @@ class LayerAdapter(abc.ABC):
     takes_slices = False  # Whether `to_matrix` and `from_matrix` take `tf.IndexedSlices`.
     with_activation = False  # Whether the layer's outputs are those after its activation.
     can_reduce = False  # Whether it can treat shared weights by "reduce", as `reduces` says.
-    weighs_positions = False  # Whether rows of inputs and of outputs belong together, one by one.
     averages_inputs = True  # Whether the input factor is a mean over rows of inputs.
     has_row_pairs = False  # Whether the gradient of an example is `row_pairs`, summed up.
 
@@ -376,7 +375,6 @@ class DenseAdapter(AffineAdapter):
     """`keras.layers.Dense` on inputs `[batch, ..., features]`; the middle axes are positions."""
 
     has_masks = True
-    weighs_positions = True
 
     @classmethod
     def methods(cls) -> Collection[str]:

@@ -127,7 +127,6 @@ class CrossAdapter(CompositeAdapter):
     Both must be called as often, and have as many positions.
     """
 
-    weighs_positions = True
     parts: Sequence[AffineAdapter]
 
     @property

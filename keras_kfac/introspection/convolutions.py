@@ -42,8 +42,7 @@ class ConvAdapter(AffineAdapter):
 
     def thinned(self, inputs: tf.Tensor) -> "ConvAdapter":
         """The same for some of the pixels, evenly spaced: neighbours see nearly the same."""
-        axes = slice(2, None) if self.layer.data_format == "channels_first" else slice(1, -1)
-        sizes = self.layer.compute_output_shape(inputs.shape)[axes]
+        sizes = self._sizes(inputs)
         if self.reduces or None in sizes:
             return self
         spare = (math.prod(sizes) / MIN_POSITIONS) ** (1 / len(sizes))
@@ -52,6 +51,26 @@ class ConvAdapter(AffineAdapter):
         other = copy.copy(self)
         other._skip = 2 ** int(math.log2(spare))
         return other
+
+    def input_moment(
+        self,
+        inputs: tf.Tensor,
+        example_weights: tf.Tensor | None,
+        dtype: tf.DType,
+        *observed: Any,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The second moment of the input rows, and its weight."""
+        if self._skip > 1 and example_weights is not None and example_weights.shape.rank == 2:
+            sizes = self._sizes(inputs)
+            grid = tf.reshape(example_weights, [-1, *sizes])
+            some = grid[(slice(None), *[slice(None, None, self._skip)] * len(sizes))]
+            example_weights = tf.reshape(some, [-1, math.prod(some.shape[1:])])
+        return super().input_moment(inputs, example_weights, dtype, *observed)
+
+    def _sizes(self, inputs: tf.Tensor) -> tuple[Any, ...]:
+        """Of the image of output pixels."""
+        axes = slice(2, None) if self.layer.data_format == "channels_first" else slice(1, -1)
+        return self.layer.compute_output_shape(inputs.shape)[axes]
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Rows of pre-activation gradients."""
@@ -132,6 +151,10 @@ class TransposedKernelAdapter(_Part):
         *window, channels = self._kernel.shape
         return channels, math.prod(window)
 
+    def thinned(self, inputs: tf.Tensor) -> ConvAdapter:
+        """The same: all pixels count, for none is seen twice."""
+        return self
+
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """Rows that the kernel multiplies."""
         return self._pixels(inputs)
@@ -158,6 +181,10 @@ class ConvBiasAdapter(_Part):
     def kernel_dims(self) -> tuple[int, int]:
         """No rows; a column for each channel."""
         return 0, self.layer.bias.shape[0]
+
+    def thinned(self, inputs: tf.Tensor) -> ConvAdapter:
+        """The same: there is one row."""
+        return self
 
     def kernel_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """No rows: see `input_rows` of the base class."""

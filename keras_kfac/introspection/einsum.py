@@ -76,7 +76,6 @@ class EinsumDenseAdapter(AffineAdapter):
         super().__init__(layer, trained)
         self._sizes = dict(zip(self._axes.kernel, layer.kernel.shape))
         self.has_masks = self._axes.positions.startswith(self._axes.inputs[1])
-        self.weighs_positions = self.groups is None
 
     @classmethod
     def methods(cls) -> Collection[str]:

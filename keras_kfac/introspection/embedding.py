@@ -27,7 +27,6 @@ class EmbeddingAdapter(LayerAdapter):
     """
 
     takes_slices = True
-    weighs_positions = True
     has_row_pairs = True
 
     def __init__(self, layer: keras.Layer, trained: Callable[[keras.Variable], bool]) -> None:
@@ -130,7 +129,6 @@ class ReverseAdapter(LayerAdapter):
     """The matrix that projects back in `keras.layers.ReversibleEmbedding`, a dense layer's."""
 
     part = "reverse_embeddings"
-    weighs_positions = True
     has_row_pairs = True
 
     @classmethod

@@ -52,6 +52,7 @@ class ForwardPass:
         terms: The same, understood: what the step goes by.
         added: Losses that layers added, which count in the same total.
         replay: Runs the same forward pass again.
+        has_unknown_batch: Whether the number of examples is not known before it runs.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class ForwardPass:
         self.terms: list[Term] = []
         self.added: list[AddedLoss] = []
         self.replay: Replay | None = None
+        self.has_unknown_batch = False
         self.tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
         self._graph = _keras_internals.current_graph()
 

@@ -241,9 +241,10 @@ class Term:
 def _check_shape(weights: tf.TensorShape, values: tf.TensorShape) -> None:
     """Checks that there is a weight for each value of a loss, or for those along its first axes.
 
-    Keras broadcasts weights `[N, N]` for values `[N]`, and sums up their products.
+    Keras broadcasts weights `[N, N]` for values `[N]`, and sums up their products. It does so with
+    the one value of a loss that is not kept for each example, too, which all weights count for.
     """
-    if weights.rank is None or values.rank is None:
+    if weights.rank is None or not values.rank:
         return
     if weights.rank == values.rank + 1 and weights[-1] == 1:
         weights = weights[:-1]

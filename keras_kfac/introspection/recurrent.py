@@ -154,11 +154,6 @@ class RecurrentAdapter(LayerAdapter):
         """Rows of inputs and states, and of gradients."""
         return self.input_rows(*observed[:2]), self.output_rows(gradients, *observed)
 
-    def counting_rows(self, gradients: Any, *observed: Any) -> tf.Tensor:
-        """Which examples have a gradient: the loss at one step is about all before it."""
-        each = [tf.reshape(g, [tf.shape(g)[0], -1]) for g in tf.nest.flatten(gradients)]
-        return tf.reduce_any(tf.concat(each, axis=1) != 0, axis=1, keepdims=True)
-
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Gradients by what the weights add to: `[..., batch, steps, d_out]`."""
         return self.gate_rows(observed[2](gradients))

@@ -11,7 +11,6 @@ from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import Term
 from keras_kfac.math import factors
 from keras_kfac.math.linalg import with_rank
-from keras_kfac.math.rows import of_examples
 
 Placed = dict[int, dict[Any, Any]]
 """Of each adapter and each of its calls: by `id` of the adapter and place of the call."""
@@ -110,6 +109,8 @@ class ScoredPass(NamedTuple):
         tensor = thing if dtype is None else tf.cast(thing, dtype)
         if self.places is None:
             return tensor
+        if self._is_other(tensor):
+            return tensor
         has_batch, count = self._has_batch(tensor), tf.shape(self.places)[0]
         # No branch: there are tensors of every layer, and branches take long to trace.
         numbers = tf.range(tf.where(has_batch, count, tf.shape(tensor)[0]))
@@ -122,8 +123,14 @@ class ScoredPass(NamedTuple):
             return self.scale
         return tf.where(self._has_batch(tensor), self.scale, 1)
 
+    def _is_other(self, tensor: tf.Tensor) -> bool:
+        """Whether it is plain that the first axis is not the batch."""
+        return self.forward_pass.has_unknown_batch and tensor.shape[0] is not None
+
     def _has_batch(self, tensor: tf.Tensor) -> tf.Tensor:
-        return tf.equal(tf.shape(tensor)[0], self.batch)
+        """Whether the first axis is the batch, or of the same length by chance."""
+        is_as_long = tf.equal(tf.shape(tensor)[0], self.batch)
+        return tf.constant(False) if self._is_other(tensor) else is_as_long
 
     def row_weights(
         self, adapters: Sequence[LayerAdapter], seed: tf.Tensor, dtype: tf.DType
@@ -133,7 +140,9 @@ class ScoredPass(NamedTuple):
         An example counts what it does in the terms of the loss that the layer has a part in, where
         it can be told spread over those of its positions that do. One pass backwards for each term
         tells which these are: there the gradient of random numbers is not zero. Of an example that
-        counts at all positions of a term, all rows do, gradient (of a relu) or not.
+        counts at all positions of a term, all rows do, gradient (of a relu) or not. Of a layer that
+        is called several times, it is spread over the calls likewise. Rows of something else than
+        examples, positions that all of them share for instance, count alike where they do.
         """
         if not self.is_weighted:
             return {}
@@ -145,17 +154,61 @@ class ScoredPass(NamedTuple):
             vector = tf.random.stateless_normal(tf.shape(outputs), own_seed, dtype=outputs.dtype)
             vector *= with_rank(tf.cast(coefficients > 0, vector.dtype), vector.shape.rank)
             others = list(range(1, coefficients.shape.rank))
-            is_whole = self.used(tf.reduce_all(coefficients > 0, axis=others))[:, tf.newaxis]
+            is_whole = self.used(tf.reduce_all(coefficients > 0, axis=others))
             gradients = self.forward_pass.output_gradients(layers, outputs, vector)
             for adapter in adapters:
                 mine = found.setdefault(id(adapter), {})
+                counting: list[_Counting] = []
                 for place, seen in self.observed[id(adapter)].items():
                     arrived = adapter.arrived(gradients, place)
                     own = tf.nest.map_structure(lambda g: self.used(g, dtype), arrived)
-                    counts = adapter.counting_rows(own, *seen)
-                    counts |= is_whole & tf.reduce_any(counts)
-                    weights = factors.row_weights(self.weights[index], tf.cast(counts, dtype))
-                    if not adapter.weighs_positions:
-                        weights = of_examples(weights)
-                    mine[place] = mine[place] + weights if place in mine else weights
+                    rows = adapter.counting_rows(own, *seen)
+                    has_batch = self._has_batch(tf.nest.flatten(arrived)[0])
+                    counting.append(_Counting(rows, has_batch).including(is_whole))
+                weights = _spread(self.weights[index], counting)
+                for place, own, each in zip(self.observed[id(adapter)], counting, weights):
+                    total = factors.row_weights(each, tf.cast(own.rows, dtype))
+                    mine[place] = mine[place] + total if place in mine else total
         return found
+
+
+class _Counting(NamedTuple):
+    """Which rows of a call count.
+
+    Attributes:
+        rows: `[batch, positions]`, or another first axis.
+        has_batch: Whether that is the batch.
+    """
+
+    rows: tf.Tensor
+    has_batch: tf.Tensor
+
+    def including(self, examples: tf.Tensor) -> Self:
+        """With all rows of some examples, if any row of the call counts."""
+        own = self._aligned(examples, tf.shape(self.rows)[0], tf.reduce_all(examples))
+        return self._replace(rows=self.rows | own[:, tf.newaxis] & tf.reduce_any(self.rows))
+
+    def of_examples(self, count: tf.Tensor) -> tf.Tensor:
+        """Which of so many examples count; all do where rows are none of theirs."""
+        return self._aligned(tf.reduce_any(self.rows, axis=1), count, tf.reduce_any(self.rows))
+
+    def weights(self, of_examples: tf.Tensor) -> tf.Tensor:
+        """Of examples; their sum where rows are something else, over all."""
+        count = tf.shape(self.rows)[0]
+        mean = tf.reduce_sum(of_examples) / tf.cast(count, of_examples.dtype)
+        return self._aligned(of_examples, count, mean)
+
+    def _aligned(self, values: tf.Tensor, count: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+        """Values for so many rows or examples, one for all where the two don't belong together."""
+        places = tf.minimum(tf.range(count), tf.shape(values)[0] - 1)
+        return tf.where(self.has_batch, tf.gather(values, places), other)
+
+
+def _spread(weights: tf.Tensor, calls: Sequence[_Counting]) -> list[tf.Tensor]:
+    """Weights of examples for each call, on average over calls as given."""
+    if len(calls) > 1:
+        count = tf.shape(weights)[0]
+        each = [tf.cast(call.of_examples(count), weights.dtype) for call in calls]
+        mean = tf.add_n(each) / len(calls)
+        weights = tf.math.divide_no_nan(weights, mean)
+    return [call.weights(weights) for call in calls]

@@ -141,7 +141,6 @@ def _input_factor(
         # So that weights of 1 count as none do, whatever the reduction.
         batches += tf.cast(item.batch, dtype) if item.is_weighted else item.total
         for place, call in adapter.calls(item.forward_pass).items():
-            _check_batch(adapter, call.inputs, item)
             inputs = tf.nest.map_structure(item.used, call.inputs)
             scale = item.scale_of(tf.nest.flatten(call.inputs)[0])
             weights = row_weights.get(id(adapter), {}).get(place)
@@ -151,18 +150,6 @@ def _input_factor(
             moment, moment_weight = part.input_moment(inputs, weights, dtype, *observed)
             total, weight = total + scale * moment, weight + scale * moment_weight
     return tf.math.divide_no_nan(total, weight), batches * weight
-
-
-def _check_batch(adapter: LayerAdapter, inputs: Any, item: ScoredPass) -> None:
-    if not item.is_weighted:
-        return
-    for own in tf.nest.flatten(inputs):
-        if not own.shape[:1].is_compatible_with(item.coefficients[0].shape[:1]):
-            raise ValueError(
-                "With sample weights or masks, K-FAC needs the same batch axis in a layer's input "
-                f"and in the model's output. Received: layer {adapter.layer.name!r} with inputs of "
-                f"shape {own.shape} and weights of shape {item.coefficients[0].shape[:1]}"
-            )
 
 
 def _output_factors(

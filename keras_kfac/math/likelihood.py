@@ -289,7 +289,7 @@ class Likelihood(OutputCurvature):
         if seen is None:
             raise ValueError(
                 "The Fisher information of this distribution is not known in closed form. Use "
-                "KFAC(fisher='sampled'), or 'empirical'. Received: "
+                "KFAC(fisher='sampled'), or 'empirical', or FisherMatrix(draws=...). Received: "
                 f"{self.distribution(outputs)}"
             )
         return seen

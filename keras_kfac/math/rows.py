@@ -30,11 +30,8 @@ def masked_weights(
     rows: tf.Tensor, example_weights: tf.Tensor | None, masks: Sequence[tf.Tensor]
 ) -> tf.Tensor | None:
     """Weights of rows `[batch, positions, d]`, of examples if there is no mask."""
-    positions, weights = rows.shape[-2], example_weights
-    if weights is not None and weights.shape.rank == 2:
-        is_same = tf.TensorShape([positions]).is_compatible_with(weights.shape[1:])
-        if positions == 1 or not is_same:  # One row for all positions, or of some of them only.
-            weights = of_examples(weights)
+    # A single row may stand for all positions.
+    weights = of_examples(example_weights) if rows.shape[-2] == 1 else example_weights
     for mask in masks:
         weights = factors.row_weights(weights, stretched(mask, rows))
     return weights
