@@ -1,6 +1,6 @@
 """The structures of curvature on the same problems, for the same seconds of training steps.
 
-    python benchmarks/structures.py [--seconds 30] [--mnist mnist.npz] [--fashion fashion_mnist.npz]
+    python benchmarks/structures.py [--seconds 16] [--mnist mnist.npz] [--fashion fashion_mnist.npz]
 
 `KFAC(curvature=...)` without another setting, each structure from the same weights on the same
 batches of the problems of `problems.py`. Evaluation and the first two steps, which trace and
@@ -19,7 +19,7 @@ from problems import PROBLEMS, load
 
 from keras_kfac import KFAC, KFACCallback
 
-EVALUATIONS = 6
+EVALUATIONS = 4
 PATH = ROOT / "benchmarks" / "results" / "structures.json"
 # `"full"` and `"dense"` are for smaller networks: here they would take gigabytes, and far more.
 STRUCTURES = ("kfac", "ekfac", "input", "inverse_free", "diagonal", "tridiagonal")
@@ -74,7 +74,7 @@ def report(result: dict) -> str:
 
 def main() -> None:
     """Measures, or reports what was measured."""
-    args = arguments(__doc__.splitlines()[0], seconds=30.0, seeds=[1])
+    args = arguments(__doc__.splitlines()[0], seconds=16.0, seeds=[1])
     result = json.loads(PATH.read_text()) if PATH.exists() else {"environments": {}, "runs": []}
     if not args.report:
         data = load(args)
