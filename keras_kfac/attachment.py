@@ -52,6 +52,7 @@ class Attachment:
         self._on_replaced = on_replaced
         self._pending: list[ForwardPass] = []
         self._is_inference = False
+        self._loss_scale = 0.0
         self._hooked: list[str] = []
         # Keras goes by the name, too: it passes none to a `call` that takes `**kwargs`.
         self._call_takes_training = "training" in inspect.signature(model.call).parameters
@@ -94,6 +95,7 @@ class Attachment:
     def _recorded_call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if is_recording() or is_replaying() or not self._is_training(args, kwargs):
             return call(*args, **kwargs)
+        self._forget_overflow()
         replay = None
         if self._replays:
             replay = Replay(self.model, args, {**kwargs, "training": True})
@@ -104,6 +106,21 @@ class Attachment:
         self._pending = [p for p in self._pending if p.is_usable()][1 - _MOST_PENDING :]
         self._pending.append(forward_pass)
         return forward_pass.outputs
+
+    def _forget_overflow(self) -> None:
+        """Forgets passes whose gradients overflowed, in a custom loop without a graph.
+
+        The optimizer that scales the loss does not call the one inside then, but lowers its scale.
+        """
+        scaling = getattr(self.model, "optimizer", None)
+        if not isinstance(scaling, keras.optimizers.LossScaleOptimizer):
+            return
+        if not tf.executing_eagerly():
+            return
+        scale = float(scaling.dynamic_scale if scaling.built else scaling.initial_scale)
+        if scale < self._loss_scale:
+            self._pending.clear()
+        self._loss_scale = scale
 
     def _is_training(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         if self._is_inference:

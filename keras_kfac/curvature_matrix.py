@@ -1,6 +1,7 @@
 """Curvature matrices of a whole model on a batch, as linear operators."""
 
 import abc
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -222,7 +223,9 @@ def _terms(
             )
         return [term]
     with observed_losses() as observed:
-        total = model.compute_loss(x, y, outputs, sample_weight, training=False)
+        takes_training = "training" in inspect.signature(model.compute_loss).parameters
+        training = {"training": False} if takes_training else {}
+        total = model.compute_loss(x, y, outputs, sample_weight, **training)
     places = {id(output): index for index, output in enumerate(flat)}
     scores = observed.terms(total).scores
     if any(id(score.outputs) not in places for score in scores):

@@ -344,12 +344,13 @@ class KFAC(SteppingOptimizer):
         return {**values, "condition_number": max(self.condition_numbers().values(), default=1.0)}
 
     def report_problems(self) -> None:
-        """Warns of steps skipped and of factors not inverted since the last report.
+        """Warns of steps and statistics left out, and of factors not inverted, since last time.
 
         `KFACCallback` calls it after every epoch, `fit` at its end.
         """
         self._report.warn_of_skipped_steps(int(self.skipped_steps.numpy()))
         if self._built is not None:
+            self._report.warn_of_lost_updates(self._built.curvature)
             self._report.warn_of_singular_factors(self._built.curvature)
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:

@@ -11,6 +11,7 @@ class ProblemReport:
     def __init__(self) -> None:
         self._skipped = 0
         self._failed: dict[str, int] = {}
+        self._lost: dict[str, int] = {}
 
     def warn_of_skipped_steps(self, skipped: int) -> None:
         """Warns if more steps have been skipped since the last report."""
@@ -22,6 +23,19 @@ class ProblemReport:
                 stacklevel=4,
             )
         self._skipped = skipped
+
+    def warn_of_lost_updates(self, curvature: ModelCurvature) -> None:
+        """Warns if statistics of more batches have been left out since the last report."""
+        lost = curvature.lost_updates()
+        if any(count > self._lost.get(name, 0) for name, count in lost.items()):
+            warnings.warn(
+                "K-FAC left out statistics of batches that were not finite: draws from the "
+                "predictive distribution may have infinite derivatives, or activations overflow. "
+                "Averages go on without them, and are biased if that is often. Batches left out "
+                "so far: " + ", ".join(f"{name}: {count}" for name, count in lost.items()),
+                stacklevel=4,
+            )
+        self._lost = lost
 
     def warn_of_singular_factors(self, curvature: ModelCurvature) -> None:
         """Warns if more refreshes of inverses have failed since the last report."""

@@ -249,6 +249,17 @@ def test_targets_are_asked_for_where_they_matter():
         FisherMatrix(model, RNG.normal(size=(5, 4)))
 
 
+def test_models_may_compute_their_loss_themselves():
+    class Own(keras.Sequential):
+        def compute_loss(self, x, y, y_pred, sample_weight=None):
+            return super().compute_loss(x, y, y_pred, sample_weight)
+
+    model = Own(mlp((4, 3)).layers)
+    model.compile("sgd", LOSS["mse"].make())
+    x, y = RNG.normal(size=(5, 4)), RNG.normal(size=(5, 3))
+    assert_close(FisherMatrix(model, x, y).to_dense(), FisherMatrix(model, x).to_dense())
+
+
 def test_model_without_loss_is_refused():
     with pytest.raises(ValueError, match=r"compile the model with one. Received: model"):
         FisherMatrix(mlp((3, 2)), RNG.normal(size=(4, 3)))

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from keras_kfac.math.families import form_of
+from keras_kfac.math.families import FORMS, form_of
 from keras_kfac.math.huber import Huber
 from tests.reference import assert_close
 
@@ -294,6 +294,14 @@ def test_others_have_none():
 def test_numbers_of_draws_are_constants(name):
     form = form_of(CASES[name].make(outputs_of(CASES[name])))
     assert form.is_constant == [False, True]
+
+
+@pytest.mark.parametrize("concentration", [1e2, 1e3, 1e4, 1e6])
+def test_concentrated_directions_are_normal_numbers(concentration):
+    """In float32, where differences are lost: of the logarithm the information is 1/2."""
+    form, kappa = FORMS[tfd.VonMises], tf.constant(concentration)
+    (along,) = [form.product((tf.zeros([]), kappa), (None, kappa), (None, kappa))]
+    assert float(along) == pytest.approx(0.5, rel=2 / concentration + 1e-5)
 
 
 def test_uniform_directions_have_no_information_on_their_location():

@@ -7,6 +7,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from keras_kfac import KFAC, NegativeLogLikelihood
+from keras_kfac.introspection.known_losses import known
 from keras_kfac.math.draws import draw
 from keras_kfac.math.likelihood import Likelihood
 from tests import helpers
@@ -186,6 +187,32 @@ def test_other_distributions_are_drawn_as_they_are():
     helpers.assert_same(draw(mixture(outputs), SEED), mixture(outputs).sample(seed=SEED))
 
 
+EDGES = {
+    "beta": (lambda o: tfd.Beta(*tf.unstack(tf.exp(o), axis=-1)), [-2.3, -1.6]),
+    "gamma": (lambda o: tfd.Gamma(*tf.unstack(tf.exp(o), axis=-1)), [-4.6, 0.0]),
+    "inverse-gamma": (lambda o: tfd.InverseGamma(*tf.unstack(tf.exp(o), axis=-1)), [-3.5, 0.0]),
+    "logit-normal": (
+        lambda o: tfd.LogitNormal(o[..., 0], tf.exp(o[..., 1])),
+        [0.0, 2.3],
+    ),
+    "dirichlet": (lambda o: tfd.Dirichlet(tf.exp(o)), [-3.5, -3.0]),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_draws_at_the_edge_of_the_range_have_derivatives(name):
+    """In float32, where draws round to 0 or 1: second moments of the score are the information."""
+    make, values = EDGES[name]
+    likelihood = Likelihood(make)
+    outputs = tf.tile(tf.constant([values], tf.float32), [20_000, 1])
+    vectors = likelihood.sampled_vector(outputs, tf.constant([0, 1])).numpy()
+    assert np.isfinite(vectors).all()
+    columns = [likelihood.root_column(outputs[:1], i).numpy()[0] for i in range(2)]
+    information = sum(np.outer(c, c) for c in columns)
+    error = np.abs(vectors.T @ vectors / len(vectors) - information).max()
+    assert error < 0.1 * np.abs(information).max()
+
+
 def test_what_does_not_depend_on_the_outputs_is_refused():
     constant = Likelihood(lambda f: tfd.Normal(tf.zeros_like(f[..., 0]), 1.0))
     outputs = tf.zeros([4, 2])
@@ -210,6 +237,28 @@ def test_what_can_not_be_made_of_the_outputs_is_refused():
         Likelihood(of_two).distribution(outputs)
     with pytest.raises(ValueError, match=match):
         NegativeLogLikelihood(of_two)(tf.zeros([4]), outputs)
+
+
+def test_joint_distributions_are_refused():
+    model = mlp((3, 2))
+    joint = NegativeLogLikelihood(
+        lambda o: tfd.JointDistributionSequential([tfd.Normal(o[..., 0], 1.0)])
+    )
+    model.compile(KFAC().attach(model), joint)
+    with pytest.raises(ValueError, match=r"Distribution` of one tensor. Received: .*Joint"):
+        model.train_on_batch(np.zeros((4, 3)), np.zeros(4))
+
+
+def test_a_subclass_that_computes_something_else_is_another_loss():
+    class Five(NegativeLogLikelihood):
+        def call(self, y_true, y_pred):
+            return 5 * super().call(y_true, y_pred)
+
+    def make(outputs):
+        return tfd.Normal(outputs[..., 0], 1.0)
+
+    assert known(NegativeLogLikelihood(make))[1] is not None
+    assert known(Five(make))[1] is None
 
 
 def test_draws_that_do_not_compile_are_refused_by_name():

@@ -14,6 +14,7 @@ layers = keras.layers
 FLOAT = {"dtype": "float64"}
 MIDDLE = {
     "dense": lambda x: layers.Dense(3, "tanh", **FLOAT)(x),
+    "relu": lambda x: layers.Dense(2, "relu", **FLOAT)(x),
     "lstm": lambda x: layers.LSTM(3, return_sequences=True, **FLOAT)(x),
     "gru": lambda x: layers.GRU(3, return_sequences=True, **FLOAT)(x),
     "multi-head": lambda x: layers.MultiHeadAttention(2, 3, **FLOAT)(x, x),

@@ -365,6 +365,29 @@ def scaled_run(fisher: str, scales: list[float], overflow_at: int | None = None)
     return model
 
 
+@pytest.mark.parametrize("overflow_at", [0, 1])
+def test_overflow_in_a_custom_loop_changes_nothing(overflow_at: int) -> None:
+    """Where Keras does not tell the optimizer inside of the step."""
+
+    def run(overflows: bool) -> list[np.ndarray]:
+        optimizer = keras.optimizers.LossScaleOptimizer(helpers.kfac(), initial_scale=8.0)
+        model = helpers.compiled(helpers.mlp(), optimizer)
+        helpers.inner(model).attach(model)
+        variables = model.trainable_variables
+        for index, (x, y) in enumerate(helpers.batches(helpers.vectors())):
+            repeats = 2 if overflows and index == overflow_at else 1
+            for factor in [np.inf, 1.0][-repeats:]:
+                with tf.GradientTape() as tape:
+                    outputs = model(x, training=True)
+                    loss = model.compute_loss(x, y, outputs)
+                    scaled = factor * optimizer.scale_loss(loss)
+                optimizer.apply(tape.gradient(scaled, [v.value for v in variables]), variables)
+        return [*helpers.weights(model), *helpers.factors(helpers.inner(model)).values()]
+
+    plain, overflown = run(False), run(True)
+    helpers.assert_same(overflown, plain, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
 def test_cyclic_loss_scale_and_overflow_change_nothing(fisher: str) -> None:
     """Identity 25; a step that overflows leaves factors, inverses and counters untouched."""

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kfac import FisherMatrix
+from keras_kfac.introspection.batch_part import BatchPart, places_of
 from tests import helpers
 from tests.cases import LOSS, factors, mlp
 from tests.reference import assert_close, dense_ggn, kron, layer_block, relative_difference
@@ -183,6 +184,66 @@ class TestPositionsOfOtherLayers:
         assert_close(second, first, 1e-12)
         thin = np.c_[x[:, :8:2, ::2].reshape(-1, 2), np.ones(128)]
         assert_close(first, thin.T @ thin / 128)
+
+
+class TestRowsWithoutGradient:
+    """Whether a row counts is not for a relu or a pooling layer to say."""
+
+    def image_factor(self, weights):
+        keras.utils.set_random_seed(0)
+        own = {"dtype": "float64"}
+        first = layers.Conv2D(2, 3, padding="same", activation="relu", **own)
+        rest = [layers.MaxPooling2D(**own), layers.UpSampling2D(**own), layers.Conv2D(1, 1, **own)]
+        model = keras.Sequential([keras.Input((8, 8, 1), dtype="float64"), first, *rest])
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(4, 8, 8, 1)), rng.normal(size=(4, 8, 8, 1))
+        (found,) = factors(model, MSE(), x, y, sample_weight=weights, layers=[first])
+        return found.input_factor
+
+    def test_one_pixel_of_weight_zero_changes_little(self):
+        weights = np.ones((4, 8, 8))
+        whole = self.image_factor(weights)
+        weights[:, 0, 0] = 0
+        assert 1e-6 < relative_difference(self.image_factor(weights), whole) < 0.03
+
+    def test_reduce_leaves_out_positions_of_weight_zero(self):
+        model, x, y = sequences()
+        weights = TestPositions.WEIGHTS
+        other = np.where(weights[..., None] > 0, x, 1e3)
+        each = [
+            factors(model, MSE(), inputs, y, sample_weight=weights, reduce=True)[0].input_factor
+            for inputs in (x, other)
+        ]
+        assert_close(each[1], each[0], 1e-12)
+        rows = np.concatenate([x, np.ones((3, 5, 1))], axis=-1) * weights[..., None]
+        means = rows.sum(1) / weights.sum(1, keepdims=True)
+        share = weights.sum(1) / weights.sum()
+        assert_close(each[0], (means * share[:, None]).T @ means)
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_weights_may_be_booleans(run_eagerly):
+    found = []
+    for dtype in (bool, float):
+        model, rng = mlp((4, 2)), np.random.default_rng(0)
+        optimizer = helpers.kfac(fisher="exact")
+        model.compile(optimizer.attach(model), MSE(), run_eagerly=run_eagerly)
+        weights = np.array([1, 0, 1, 1, 0, 1]).astype(dtype)
+        model.train_on_batch(rng.normal(size=(6, 4)), rng.normal(size=(6, 2)), weights)
+        found.append(model.get_weights())
+    helpers.assert_same(*found)
+
+
+def test_parts_take_examples_that_count():
+    """As long as there are any: those without a label tell nothing of the loss."""
+    counts = tf.constant([0.0] * 90 + [1.0] * 10)
+    other = tf.constant([[0.0, 0.0]] * 89 + [[0.0, 2.0]] + [[0.0, 0.0]] * 10)
+    part = BatchPart(0.1)
+    for seed in range(5):
+        places = places_of(part, [counts], [0, seed]).numpy()
+        assert set(places) == set(range(90, 100))
+        assert set(places_of(part, [counts, other], [0, seed]).numpy()) < set(range(89, 100))
+    assert set(places_of(part, [1 - counts], [0, 0]).numpy()) < set(range(90))
 
 
 class Positions(layers.Layer):

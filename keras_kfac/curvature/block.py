@@ -57,6 +57,7 @@ class KroneckerBlock:
         weight: Accumulated weight of those of output factors; 0 before the first update.
         failed_refreshes: How often the damped factors could not be inverted.
         refreshes: How often they could.
+        lost_updates: How often the statistics of a batch were not finite.
         staleness: Relative change of the inverse in the last successful refresh.
     """
 
@@ -143,6 +144,7 @@ class KroneckerBlock:
         ]
         self.failed_refreshes = add_variable("failed_refreshes", (), "int64")
         self.refreshes = add_variable("refreshes", (), "int64")
+        self.lost_updates = add_variable("lost_updates", (), "int64")
         self.staleness = add_variable("staleness", (), dtype)
 
     def join(self, blocks: "Sequence[KroneckerBlock]") -> None:
@@ -166,6 +168,7 @@ class KroneckerBlock:
         new = [factor for own in statistics for factor in own[:2]][: len(self._averages)]
         # Not a branch: one for each block takes seconds to trace.
         finite = tf.reduce_all([is_finite(factor) for factor in new])
+        self.lost_updates.assign_add(tf.cast(~finite, tf.int64))
         for side, count in enumerate(weights):
             weight = tf.convert_to_tensor(self._weights[side])
             total = weight

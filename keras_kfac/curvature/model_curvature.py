@@ -163,6 +163,11 @@ class ModelCurvature:
         again = [block for block in self.blocks if int(block.refreshes.numpy()) > 1]
         return {b.adapter.path: float(b.staleness) for b in again}
 
+    def lost_updates(self) -> dict[str, int]:
+        """Blocks for which the statistics of batches were not finite, and how often."""
+        counts = {b.adapter.path: int(b.lost_updates.numpy()) for b in self.blocks}
+        return {name: count for name, count in counts.items() if count}
+
     def failed_refreshes(self) -> dict[str, int]:
         """Blocks whose damped factors could not be inverted, and how often."""
         counts = {b.adapter.path: int(b.failed_refreshes.numpy()) for b in self.blocks}

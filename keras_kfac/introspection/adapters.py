@@ -200,6 +200,15 @@ class LayerAdapter(abc.ABC):
         """
         return ()
 
+    def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
+        """Which of some rows `[..., batch, positions, d]` are no padding; `None` if all are not.
+
+        Args:
+            rows: Of inputs or of gradients.
+            observed: What `observed` noted of the call.
+        """
+        return None
+
     def counting_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Which rows have a gradient, `[batch, positions]`; or which examples, `[batch, 1]`."""
         rows = self.output_rows(gradients, *observed)
@@ -287,9 +296,11 @@ class AffineAdapter(LayerAdapter):
         """The second moment of the input rows, and its weight."""
         rows = self.input_rows(tf.cast(inputs, dtype))
         if self.reduces:
-            masks = [stretched(mask, rows) for mask in observed]
-            own = of_examples(example_weights)
-            rows, example_weights = factors.mean_rows(rows, own, *masks)
+            counts = self.row_mask(rows, *observed)
+            if example_weights is not None and example_weights.shape.rank == 2:
+                own = tf.cast(example_weights > 0, dtype)
+                counts = own if counts is None else own * counts
+            rows, example_weights = factors.mean_rows(rows, of_examples(example_weights), counts)
             observed = ()
         return masked_moment(rows, example_weights, observed, self.structures[0])
 
@@ -304,6 +315,10 @@ class AffineAdapter(LayerAdapter):
         """The mask, if there is one."""
         is_masked = self.has_masks and self.kernel is not None and call.mask is not None
         return (call.mask,) if is_masked else ()
+
+    def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
+        """That of the positions, if there is one."""
+        return stretched(observed[0], rows) if observed else None
 
     def input_rows(self, inputs: tf.Tensor) -> tf.Tensor:
         """Rows of layer inputs: `[..., batch, positions, d_in]`."""

@@ -42,7 +42,8 @@ WHOLE = BatchPart()
 def places_of(part: BatchPart, coefficients: Sequence[tf.Tensor], seed: tf.Tensor) -> tf.Tensor:
     """The examples to use, so many that they are enough for each output: int32 `[used]`.
 
-    At random, for batches can be in some order: by class, or one task after another.
+    At random, for batches can be in some order: by class, or one task after another. Of those that
+    count in some output, as long as there are any.
 
     Args:
         part: How many of them.
@@ -52,6 +53,8 @@ def places_of(part: BatchPart, coefficients: Sequence[tf.Tensor], seed: tf.Tenso
     count = tf.reduce_max([part.examples(tf.shape(each)) for each in coefficients])
     # A shuffle that XLA can compile.
     numbers = tf.random.stateless_uniform(tf.shape(coefficients[0])[:1], seed)
+    each = [tf.reduce_any(c > 0, axis=list(range(1, c.shape.rank))) for c in coefficients]
+    numbers = tf.where(tf.reduce_any(each, axis=0), numbers, numbers + 1)
     return tf.argsort(numbers)[:count]
 
 

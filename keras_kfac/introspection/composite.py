@@ -162,6 +162,10 @@ class CrossAdapter(CompositeAdapter):
         each = [first.counting_rows(g, *seen) for g, seen in zip(gradients[0], observed[0])]
         return tf.reduce_any(each, axis=0)
 
+    def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
+        """That of the first layer's first call."""
+        return self.parts[0].row_mask(rows, *observed[0][0])
+
     def output_factor(self, gradients: Any, *observed: Any) -> tf.Tensor:
         """The moment of the output gradients of both."""
         each = [[part.output_rows(g) for g in own] for part, own in zip(self.parts, gradients)]

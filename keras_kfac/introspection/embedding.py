@@ -15,7 +15,7 @@ from keras_kfac.math import factors
 from keras_kfac.math.example_gradients import OneHot
 from keras_kfac.math.kronecker import product_for_sum
 from keras_kfac.math.linalg import Gradient
-from keras_kfac.math.rows import masked_moment, rows_of_positions
+from keras_kfac.math.rows import masked_moment, rows_of_positions, stretched
 from keras_kfac.math.structure import Structure, Structures
 
 
@@ -64,6 +64,14 @@ class EmbeddingAdapter(LayerAdapter):
         counts = indices != 0 if self.layer.mask_zero else tf.ones_like(indices)
         weights = factors.row_weights(example_weights, tf.cast(counts, dtype))
         return factors.index_moment(indices, self.dims[0], weights)
+
+    def observed(self, call: LayerCall) -> tuple[Any, ...]:
+        """Which indices are no padding, where that is told by index 0."""
+        return (self._indices(call.inputs) != 0,) if self.layer.mask_zero else ()
+
+    def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
+        """The same."""
+        return observed[0] if observed else None
 
     def _indices(self, inputs: tf.Tensor) -> tf.Tensor:
         """Those that an example looks up, `[batch, positions]`."""
@@ -154,6 +162,10 @@ class ReverseAdapter(LayerAdapter):
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """The outputs, and the mask if there is one."""
         return (call.outputs, *([] if call.mask is None else [call.mask]))
+
+    def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
+        """That of the positions, if there is one."""
+        return stretched(observed[1], rows) if len(observed) > 1 else None
 
     def input_moment(
         self,

@@ -153,7 +153,8 @@ def known(loss: keras.losses.Loss) -> tuple[keras.losses.Loss, Likelihood | None
         ValueError: For options under which there is none.
     """
     if isinstance(loss, NegativeLogLikelihood):
-        return loss, Likelihood(loss.distribution)
+        own = [getattr(type(loss), n) is getattr(NegativeLogLikelihood, n) for n in _COMPUTING]
+        return loss, Likelihood(loss.distribution) if all(own) else None
     named = _FUNCTIONS.get(wrapped_function(loss))
     if named is not None:
         loss = named(reduction=loss.reduction, dtype=loss.dtype)

@@ -132,6 +132,14 @@ class Term:
         return is_masked or self._ignores or self.score.sample_weight is not None
 
     @property
+    def tells_positions_apart(self) -> bool:
+        """Whether positions of one example may count differently."""
+        weights = self.score.sample_weight
+        shape = () if weights is None else tf.convert_to_tensor(weights).shape
+        has_own = any(size != 1 for size in shape[1:])
+        return has_own or self._ignores or _keras_internals.mask_of(self.outputs) is not None
+
+    @property
     def _is_convex(self) -> bool:
         return is_convex(self.score.loss) and self.outputs.shape.rank > 1
 
@@ -162,14 +170,15 @@ class Term:
         loss, outputs, sample_weight = self.score.loss, self.outputs, self.score.sample_weight
         tf.debugging.assert_non_negative(self.score.weight, _NEGATIVE)
         if sample_weight is not None:
-            tf.debugging.assert_non_negative(tf.convert_to_tensor(sample_weight), _NEGATIVE)
+            sample_weight = tf.cast(sample_weight, loss.dtype)  # As Keras does; of booleans, too.
+            tf.debugging.assert_non_negative(sample_weight, _NEGATIVE)
         if self._ignores:
             classes = tf.reshape(self.targets, tf.shape(outputs)[:-1])
             counts = tf.not_equal(tf.cast(classes, tf.int64), _ignored_class(loss))
             outputs = _keras_internals.with_mask(outputs, counts)
         values = tf.zeros_like(self._own_values(), dtype=loss.dtype)
         if sample_weight is not None:
-            _check_shape(tf.convert_to_tensor(sample_weight).shape, values.shape)
+            _check_shape(sample_weight.shape, values.shape)
         with tf.GradientTape() as tape:
             tape.watch(values)
             total = _Reduction(values, loss, self.reduction)(outputs, outputs, sample_weight)

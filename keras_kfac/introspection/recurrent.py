@@ -17,7 +17,7 @@ from keras_kfac.introspection.adapters import (
 from keras_kfac.introspection.forward_pass import LayerCall, instance_attribute
 from keras_kfac.introspection.recurrent_steps import Steps, steps_of
 from keras_kfac.math import patches
-from keras_kfac.math.rows import masked_moment, rows_of_positions
+from keras_kfac.math.rows import masked_moment, rows_of_positions, stretched
 
 layers = keras.layers
 
@@ -114,6 +114,10 @@ class RecurrentAdapter(LayerAdapter):
             )
         steps: Steps = call.memo[key]
         return (*steps, *([] if call.mask is None else [call.mask]))
+
+    def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
+        """That of the steps, if there is one."""
+        return stretched(observed[3], rows) if len(observed) > 3 else None
 
     @contextlib.contextmanager
     def _shifted(self, shift: tf.Tensor) -> Iterator[None]:

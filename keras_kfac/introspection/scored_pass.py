@@ -138,11 +138,12 @@ class ScoredPass(NamedTuple):
         """What examples count, `[used]`, or rows, `[used, positions]`; nothing if all alike.
 
         An example counts what it does in the terms of the loss that the layer has a part in, where
-        it can be told spread over those of its positions that do. One pass backwards for each term
-        tells which these are: there the gradient of random numbers is not zero. Of an example that
-        counts at all positions of a term, all rows do, gradient (of a relu) or not. Of a layer that
-        is called several times, it is spread over the calls likewise. Rows of something else than
-        examples, positions that all of them share for instance, count alike where they do.
+        it can be told spread over those of its positions, and of its calls, that do. One pass
+        backwards for each term tells which these are: there the gradient of random numbers is not
+        zero. Another one, as if all positions of the outputs counted, tells where it is zero in any
+        case, behind a relu or a pooling layer for instance: such rows count as often as others of
+        the example. Rows of something else than examples, of positions that all of them share for
+        instance, count alike where they do.
         """
         if not self.is_weighted:
             return {}
@@ -152,45 +153,61 @@ class ScoredPass(NamedTuple):
             outputs, _ = term.differentiable(term.outputs)
             own_seed = tf.random.experimental.stateless_fold_in(seed, index)
             vector = tf.random.stateless_normal(tf.shape(outputs), own_seed, dtype=outputs.dtype)
-            vector *= with_rank(tf.cast(coefficients > 0, vector.dtype), vector.shape.rank)
-            others = list(range(1, coefficients.shape.rank))
-            is_whole = self.used(tf.reduce_all(coefficients > 0, axis=others))
-            gradients = self.forward_pass.output_gradients(layers, outputs, vector)
+            counts = with_rank(tf.cast(coefficients > 0, vector.dtype), vector.shape.rank)
+            gradients = [self.forward_pass.output_gradients(layers, outputs, vector * counts)]
+            if term.tells_positions_apart:
+                gradients.append(self.forward_pass.output_gradients(layers, outputs, vector))
             for adapter in adapters:
+                calls = self._counting(adapter, gradients, dtype)
+                weights = _spread(self.weights[index], calls)
                 mine = found.setdefault(id(adapter), {})
-                counting: list[_Counting] = []
-                for place, seen in self.observed[id(adapter)].items():
-                    arrived = adapter.arrived(gradients, place)
-                    own = tf.nest.map_structure(lambda g: self.used(g, dtype), arrived)
-                    rows = adapter.counting_rows(own, *seen)
-                    has_batch = self._has_batch(tf.nest.flatten(arrived)[0])
-                    counting.append(_Counting(rows, has_batch).including(is_whole))
-                weights = _spread(self.weights[index], counting)
-                for place, own, each in zip(self.observed[id(adapter)], counting, weights):
-                    total = factors.row_weights(each, tf.cast(own.rows, dtype))
+                for place, own, each in zip(self.observed[id(adapter)], calls, weights):
+                    total = factors.row_weights(each, own.rows)
                     mine[place] = mine[place] + total if place in mine else total
         return found
 
+    def _counting(
+        self, adapter: LayerAdapter, gradients: Sequence[dict[int, Any]], dtype: tf.DType
+    ) -> "list[_Counting]":
+        """How much the rows of each call count, from gradients of what counts, and of all."""
+        calls = []
+        for place, seen in self.observed[id(adapter)].items():
+            found = []
+            for each in gradients:
+                arrived = adapter.arrived(each, place)
+                own = tf.nest.map_structure(lambda g: self.used(g, dtype), arrived)
+                found.append(adapter.counting_rows(own, *seen))
+            counts, is_alive = found[0], found[-1]
+            mask = adapter.row_mask(counts[..., tf.newaxis], *seen)
+            is_real = tf.ones_like(counts) if mask is None else mask > 0
+            is_alive &= is_real
+            alive, counted = (
+                tf.reduce_sum(tf.cast(rows, dtype), axis=1, keepdims=True)
+                for rows in (is_alive, is_alive & counts)
+            )
+            share = tf.where(alive > 0, tf.math.divide_no_nan(counted, alive), 1)
+            # None do of a layer that the term does not depend on.
+            share *= tf.cast(tf.reduce_any(counts), dtype)
+            rows = tf.where(is_alive, tf.cast(counts, dtype), share) * tf.cast(is_real, dtype)
+            calls.append(_Counting(rows, self._has_batch(tf.nest.flatten(arrived)[0])))
+        return calls
+
 
 class _Counting(NamedTuple):
-    """Which rows of a call count.
+    """How much the rows of a call count.
 
     Attributes:
-        rows: `[batch, positions]`, or another first axis.
+        rows: `[batch, positions]` in [0, 1], or another first axis.
         has_batch: Whether that is the batch.
     """
 
     rows: tf.Tensor
     has_batch: tf.Tensor
 
-    def including(self, examples: tf.Tensor) -> Self:
-        """With all rows of some examples, if any row of the call counts."""
-        own = self._aligned(examples, tf.shape(self.rows)[0], tf.reduce_all(examples))
-        return self._replace(rows=self.rows | own[:, tf.newaxis] & tf.reduce_any(self.rows))
-
     def of_examples(self, count: tf.Tensor) -> tf.Tensor:
         """Which of so many examples count; all do where rows are none of theirs."""
-        return self._aligned(tf.reduce_any(self.rows, axis=1), count, tf.reduce_any(self.rows))
+        counts = self.rows > 0
+        return self._aligned(tf.reduce_any(counts, axis=1), count, tf.reduce_any(counts))
 
     def weights(self, of_examples: tf.Tensor) -> tf.Tensor:
         """Of examples; their sum where rows are something else, over all."""

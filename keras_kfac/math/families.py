@@ -24,7 +24,6 @@ from keras_kfac.math.information import (
     Together,
     trigamma,
 )
-from keras_kfac.math.linalg import scalar
 
 tfd = tfp.distributions
 
@@ -75,14 +74,20 @@ def _student(df: tf.Tensor, loc: tf.Tensor, scale: tf.Tensor) -> Rows:
 
 
 def _von_mises(loc: tf.Tensor, concentration: tf.Tensor) -> Rows:
-    resultant = tf.math.bessel_i1e(concentration) / tf.math.bessel_i0e(concentration)
-    of_concentration = 1 - resultant**2 - tf.math.divide_no_nan(resultant, concentration)
+    kappa = tf.cast(concentration, tf.float64)  # What follows is a small difference.
+    resultant = tf.math.bessel_i1e(kappa) / tf.math.bessel_i0e(kappa)
     # At 0 the quotient is 1/2 in the limit.
-    is_uniform = tf.equal(concentration, 0)
-    return [
-        [concentration * resultant],
-        [0.0, tf.where(is_uniform, scalar(0.5, of_concentration.dtype), of_concentration)],
-    ]
+    quotient = tf.where(kappa > 0, tf.math.divide_no_nan(resultant, kappa), 0.5)
+    of_kappa = 1 - resultant**2 - quotient
+    series = tf.math.divide_no_nan(2 * kappa + 1, 4 * kappa**3)
+    of_kappa = tf.where(kappa > 1e4, series, of_kappa)
+    dtype = concentration.dtype
+    return [[tf.cast(kappa * resultant, dtype)], [0.0, tf.cast(of_kappa, dtype)]]
+
+
+def _with_edges(form: Form) -> Form:
+    form.has_edges = True
+    return form
 
 
 _EULER = float(np.euler_gamma)
@@ -92,7 +97,7 @@ _NORMAL = _location_scale(1.0, 0.0, 2.0)
 FORMS: dict[type, Form] = {
     tfd.Normal: _NORMAL,
     tfd.LogNormal: _NORMAL,
-    tfd.LogitNormal: _NORMAL,
+    tfd.LogitNormal: _with_edges(_location_scale(1.0, 0.0, 2.0)),
     tfd.Laplace: _location_scale(1.0, 0.0, 1.0),
     tfd.Cauchy: _location_scale(0.5, 0.0, 0.5),
     tfd.Logistic: _location_scale(1 / 3, 0.0, (3 + math.pi**2) / 9),
@@ -102,9 +107,11 @@ FORMS: dict[type, Form] = {
     tfd.VonMises: Scalars(lambda d: (d.loc, d.concentration), _von_mises, (0, 0)),
     tfd.HalfNormal: Scalars(lambda d: (d.scale,), lambda scale: [[2 * scale**-2]]),
     tfd.Exponential: Scalars(lambda d: (d.rate,), lambda rate: [[rate**-2]]),
-    tfd.Gamma: Scalars(lambda d: (d.concentration, _log_rate(d)), _gamma, (0, 0)),
-    tfd.InverseGamma: Scalars(lambda d: (d.concentration, tf.math.log(d.scale)), _gamma, (0, 0)),
-    tfd.Beta: Scalars(lambda d: (d.concentration1, d.concentration0), _beta, (0, 0)),
+    tfd.Gamma: _with_edges(Scalars(lambda d: (d.concentration, _log_rate(d)), _gamma, (0, 0))),
+    tfd.InverseGamma: _with_edges(
+        Scalars(lambda d: (d.concentration, tf.math.log(d.scale)), _gamma, (0, 0))
+    ),
+    tfd.Beta: _with_edges(Scalars(lambda d: (d.concentration1, d.concentration0), _beta, (0, 0))),
     tfd.Poisson: Scalars(
         lambda d: (d.log_rate_parameter(),), lambda log_rate: [[tf.exp(log_rate)]]
     ),
@@ -119,7 +126,7 @@ FORMS: dict[type, Form] = {
     tfd.Categorical: Softmax(lambda d: (d.logits_parameter(),), (1,)),
     tfd.OneHotCategorical: Softmax(lambda d: (d.logits_parameter(),), (1,)),
     tfd.Multinomial: Softmax(lambda d: (d.logits_parameter(), d.total_count), (1, CONSTANT)),
-    tfd.Dirichlet: Concentrations(lambda d: (d.concentration,), (1,)),
+    tfd.Dirichlet: _with_edges(Concentrations(lambda d: (d.concentration,), (1,))),
     tfd.MultivariateNormalTriL: Gaussian(lambda d: (d.mean(), d.scale.to_dense()), (1, 2)),
     tfd.MultivariateNormalDiag: Together(
         _NORMAL, 1, lambda d: tfd.Normal(d.mean(), d.scale.diag_part())

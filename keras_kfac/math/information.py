@@ -33,7 +33,11 @@ class Form(abc.ABC):
         events: The number of axes of each parameter that belong to one distribution. Parameters of
             which there is no closed form, as the number of draws, have the word "constant" there:
             they are numbers that must not vary.
+        has_edges: Whether draws come so near to the ends of their range that rounding takes them
+            there, where derivatives of the log-probability are infinite.
     """
+
+    has_edges = False
 
     def __init__(self, get: Callable[[Any], Sequence[Any]], events: Sequence[int | str]) -> None:
         self._get = get
@@ -253,7 +257,7 @@ class Together(Form):
 
     def __init__(self, form: Form, axes: int, each: Callable[[Any], Any]) -> None:
         super().__init__(each, [e + axes for e in form.events])
-        self.is_constant = form.is_constant
+        self.is_constant, self.has_edges = form.is_constant, form.has_edges
         self._form, self._axes = form, axes
 
     def parameters(self, distribution: Any) -> Parameters:

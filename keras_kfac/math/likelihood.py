@@ -211,12 +211,22 @@ class Likelihood(OutputCurvature):
         with tf.GradientTape() as tape:
             tape.watch(outputs)
             distribution = self.distribution(outputs)
+            form = form_of(distribution)
+            seen = self._seen(outputs) if form and form.has_edges else None
+            if seen is not None:
+                return self._normal_vector(seen, seed)
             targets = tf.stop_gradient(draw(distribution, seed))
             negative_log_likelihood = -distribution.log_prob(targets)
         gradient = tape.gradient(negative_log_likelihood, outputs)
         if gradient is None:
             raise _constant(distribution)
         return gradient * scalar(self.weight(outputs) ** 0.5, outputs.dtype)
+
+    def _normal_vector(self, seen: _Seen, seed: tf.Tensor) -> tf.Tensor:
+        """The columns with random normal factors: a vector of the same second moments."""
+        shape = tf.concat([tf.shape(_column(seen.outputs))[:-1], [self._columns(seen)]], axis=0)
+        z = tf.random.stateless_normal(shape, seed, dtype=_wide(seen.outputs).dtype)
+        return self._root_product(seen, z)
 
     def columns(self, outputs: tf.Tensor) -> int:
         """How many columns a root of `w F` has."""
@@ -325,10 +335,12 @@ def made(make: Make, outputs: tf.Tensor) -> Any:
             "of the width that the model has. Received: outputs of shape "
             f"{outputs.shape}, for which it fails with {type(error).__name__}: {first}"
         ) from error
-    if not isinstance(distribution, tfd.Distribution):
+    is_one = isinstance(distribution, tfd.Distribution)
+    # That of joint distributions is a list of shapes.
+    if not is_one or not isinstance(distribution.batch_shape, tf.TensorShape):
         raise ValueError(
-            "A likelihood must be a function from outputs to a `tfp.distributions.Distribution`"
-            f". Received: one that returns {distribution!r}"
+            "A likelihood must be a function from outputs to a `tfp.distributions.Distribution` of "
+            f"one tensor. Received: one that returns {distribution!r}"
         )
     return distribution
 
