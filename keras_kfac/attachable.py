@@ -15,8 +15,8 @@ from keras_kfac.curvature.coverage import BlockSettings, Coverage
 from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.curvature.spectrum import CurvatureSummary
 from keras_kfac.hyperparameters import ConfiguredOptimizer
+from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.forward_pass import ForwardPass
-from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.update_times import growing_decay, is_due

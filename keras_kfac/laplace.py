@@ -7,7 +7,7 @@ import keras
 
 from keras_kfac import validation
 from keras_kfac.curvature.choice import Curvature
-from keras_kfac.introspection.statistics import Fisher
+from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.weight_sharing import EXPAND, Choice
 from keras_kfac.posterior import LaplacePosterior
 from keras_kfac.whole_data import CurvatureSettings, batches_of, whole_curvature

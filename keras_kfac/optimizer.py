@@ -12,8 +12,8 @@ from keras.optimizers.schedules import LearningRateSchedule
 from keras_kfac.curvature.choice import Curvature
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.introspection.adapters import MAX_FACTOR_SIZE
+from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.forward_pass import instance_attribute
-from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.introspection.weight_sharing import EXPAND, Choice
 from keras_kfac.math.linalg import scaled_rows
 from keras_kfac.problem_report import ProblemReport
@@ -105,7 +105,9 @@ class KFAC(SteppingOptimizer):
               blocks between layers included.
             - `"diagonal"`: the diagonal of the block. `"full"`: the block as it is, for small
               layers: a matrix with a row for each weight. `"dense"`: the Fisher matrix of all
-              layers that have this structure as it is, for small models.
+              layers that have this structure as it is, for small models. Of more than 4096 weights
+              it is that of the step's batch alone, by its samples: no matrix is kept, but each step
+              takes the passes backwards that `fisher` takes for an update of the factors.
             - `"tridiagonal"`: for a chain of `Dense` layers, with what neighbours have in common.
               In factored damping only.
 

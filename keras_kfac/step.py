@@ -153,6 +153,7 @@ class Step:
         is_free: Whether each is to be solved for.
         kl_clip: Bound of the KL clip.
         rows: What some of the gradients may be made of.
+        fisher_rows: What the Fisher matrix of the batch is made of, for blocks that need it.
     """
 
     batch: Batch
@@ -164,13 +165,13 @@ class Step:
     is_free: tuple[tf.Tensor, tf.Tensor]
     kl_clip: Any
     rows: GradientRows | None
+    fisher_rows: Tensors
 
     def propose(self, damping: tf.Tensor | None = None) -> Proposal:
         """Preconditions by the inverses that are kept, or by those of a damping to try."""
-        if damping is None:
-            blocks = self.curvature.precondition(self.gradients, rows=self.rows)
-        else:
-            blocks = self.curvature.precondition(self.gradients, self.curvature.invert(damping))
+        inverses = None if damping is None else self.curvature.invert(damping)
+        rows = self.rows if damping is None else None
+        blocks = self.curvature.precondition(self.gradients, inverses, rows, self.fisher_rows)
         count = group_count(len(blocks))
         bounds = [len(blocks) * i // count for i in range(count + 1)]
         groups: list[Tensors] = []

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_kfac.attachable import AttachableOptimizer, Built
 from keras_kfac.damping import LevenbergMarquardt, best
+from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.math.linalg import scalar
@@ -92,6 +93,9 @@ class SteppingOptimizer(AttachableOptimizer):
             is_free=(self._adapts_learning_rate.value, self._momentum.adapts.value),
             kl_clip=value_at(self.kl_clip, self.iterations),
             rows=self._rows(batch),
+            fisher_rows=self._known.curvature.fisher_rows(
+                batch.passes, Fisher(self.fisher), self.fisher_samples, batch.seed
+            ),
         )
 
     def _rows(self, batch: Batch) -> GradientRows | None:

@@ -10,8 +10,8 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_kfac.curvature.choice import STRUCTURES, Curvature
+from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.known_losses import as_likelihood
-from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.introspection.weight_sharing import AUTO, EXPAND, REDUCE, Choice
 
 

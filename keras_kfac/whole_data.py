@@ -13,6 +13,7 @@ from keras_kfac.curvature.choice import Curvature
 from keras_kfac.curvature.coverage import BlockSettings, Coverage, CoveragePlan, plan_coverage
 from keras_kfac.curvature.eigenbasis import EigenbasisBlock
 from keras_kfac.curvature.model_curvature import ModelCurvature
+from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.data_likelihood import (
     examples_of,
     likelihood_term,
@@ -21,7 +22,6 @@ from keras_kfac.introspection.data_likelihood import (
 )
 from keras_kfac.introspection.losses import Term
 from keras_kfac.introspection.model_pass import recorded_pass
-from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.introspection.weight_sharing import Choice
 from keras_kfac.math.inverses import ExactInverse
 from keras_kfac.math.likelihood import Likelihood
@@ -89,6 +89,13 @@ def whole_curvature(settings: CurvatureSettings, data: tf.data.Dataset) -> Whole
         ValueError: If there are no data, no layer is covered, or something is not finite.
     """
     plan, output_shape, likelihood = _look(settings, data)
+    for block in plan.blocks:
+        if block.block_type.needs_rows:
+            raise ValueError(
+                "`laplace` needs the matrix of each block, and curvature='dense' keeps none of so "
+                "many weights: choose 'kfac', 'ekfac' or 'diagonal'. Received: "
+                f"{block.adapter.dims[1]:,} weights of {block.adapter.path!r}"
+            )
     if not plan.blocks:
         raise ValueError(
             "No layer of this model has a curvature block. Received: model "

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kfac import KFAC
+from keras_kfac.curvature import dense
 from tests.reference import assert_close, dense_ggn, relative_difference
 
 WIDTHS = (5, 7, 6, 4)
@@ -73,10 +74,10 @@ def transformed(activation, phi, omega):
     return lambda s: affine(omega, activation(tf.matmul(s, phi.T)))
 
 
-def outputs_after_training(make_optimizer, kind="affine", steps=STEPS):
+def outputs_after_training(make_optimizer, kind="affine", steps=STEPS, examples=300):
     """Outputs of both networks, and how far the first one moved."""
     rng = np.random.default_rng(5)
-    x, y = rng.normal(size=(300, WIDTHS[0])), rng.normal(size=(300, WIDTHS[-1]))
+    x, y = rng.normal(size=(examples, WIDTHS[0])), rng.normal(size=(examples, WIDTHS[-1]))
     weights = [0.7 * rng.normal(size=(m + 1, n)) for m, n in itertools.pairwise(WIDTHS)]
     omegas, phis = maps(kind)
     start = network(weights)(x).numpy()
@@ -181,6 +182,26 @@ class TestStructures:
         optimizer = structure(curvature, damping=damping)
         original, rewritten = outputs_after_training(optimizer, kind)
         assert relative_difference(rewritten, original) < 1e-9
+
+    @pytest.mark.parametrize(
+        ("kind", "damping", "examples"),
+        [("affine", 0.0, 300), ("orthogonal", 1e-3, 300), ("orthogonal", 1e-3, 20)],
+    )
+    def test_dense_by_samples_is_invariant(self, kind, damping, examples, monkeypatch):
+        """As with the matrix, of more samples than the 118 weights and of less (4 of each example).
+
+        Undamped that takes more: what fewer samples say nothing of stays as it is in the weights.
+        """
+        monkeypatch.setattr(dense, "MAX_KEPT", 0)
+        optimizer = structure("dense", damping=damping)
+        original, rewritten = outputs_after_training(optimizer, kind, examples=examples)
+        assert relative_difference(rewritten, original) < 1e-9
+
+    def test_dense_by_few_samples_is_not_invariant_to_affine_maps(self, monkeypatch):
+        monkeypatch.setattr(dense, "MAX_KEPT", 0)
+        optimizer = structure("dense", damping=1e-3)
+        original, rewritten = outputs_after_training(optimizer, "affine", examples=20)
+        assert not relative_difference(rewritten, original) < 1e-2
 
     @pytest.mark.parametrize(
         ("curvature", "kind", "damping"),

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kfac import KFAC
+from keras_kfac.curvature import dense
 from keras_kfac.introspection import composite, registry
 from keras_kfac.introspection import example_gradients as introspection
 from tests import helpers
@@ -68,12 +69,19 @@ def test_statistics_of_all_layers_together():
     adapter = composite.JointWeightsAdapter(exact)
     x = rng.normal(size=(3, 4, 4, 1))
     (found,) = collected(model, MSE(), x, [adapter])
-    dense = dense_ggn(model, MSE(), x, np.zeros((3, 2)), model.trainable_variables, pfor=False)
+    expected = dense_ggn(model, MSE(), x, np.zeros((3, 2)), model.trainable_variables, pfor=False)
     assert [id(v) for v in adapter.variables] == [id(v) for v in model.trainable_variables]
-    assert_close(found.output_factor, dense)
+    assert_close(found.output_factor, expected)
+
+
+@pytest.fixture(params=[dense.MAX_KEPT, 0], ids=["kept", "by samples"])
+def either_way(request, monkeypatch):
+    """With the matrix of all weights, and without: the step is the same."""
+    monkeypatch.setattr(dense, "MAX_KEPT", request.param)
 
 
 class TestDense:
+    @pytest.mark.usefixtures("either_way")
     def test_step(self):
         _, step, gradient, fisher = one_step(mlp((5, 4, 3)), "dense")
         assert_close(step, -np.linalg.solve(fisher + DAMPING * np.eye(len(fisher)), gradient))
@@ -83,6 +91,7 @@ class TestDense:
         _, apart, _, _ = one_step(mlp((5, 4, 3)), "full")
         assert np.abs(step - apart).max() > 0.01 * np.abs(step).max()
 
+    @pytest.mark.usefixtures("either_way")
     def test_of_some_layers(self):
         """One block for these, whatever lies between."""
         model = mlp((5, 4, 4, 3))
@@ -105,6 +114,7 @@ class TestDense:
         assert coverage.memory == 8 * 2 * (39**2 + 1) + 8
         assert sum(row.memory for row in coverage) == pytest.approx(coverage.memory, abs=1)
 
+    @pytest.mark.usefixtures("either_way")
     def test_passes_need_not_use_all_layers(self):
         """The loss is a sum over two passes, of which each uses a head of its own."""
         model = TwoHeads()

@@ -64,6 +64,7 @@ class KroneckerBlock:
     kind: str | None = None  # What it is called in `coverage()`; as the adapter says, if `None`.
     is_joint = False  # Whether there is one block for all layers that have the structure.
     replaces_exact = False  # Whether it is for layers, too, that have an exact block as they are.
+    needs_rows = False  # Whether its inverse is made of rows of the batch: see `ModelCurvature`.
 
     @classmethod
     def unsuitable(cls, adapter: LayerAdapter) -> str | None:
@@ -106,6 +107,11 @@ class KroneckerBlock:
             ValueError: If these layers can't have it together.
         """
         raise NotImplementedError
+
+    @classmethod
+    def note(cls, adapter: LayerAdapter) -> str:
+        """What there is to say of it in `coverage()`; nothing, for most."""
+        return ""
 
     @classmethod
     def averages(cls, adapter: LayerAdapter) -> dict[str, Shape]:

@@ -194,7 +194,8 @@ def _merged(blocks: Sequence[_Block], model: keras.Model) -> list[_Block]:
         elif block_type not in found:
             found.add(block_type)
             plans = [b.plan for b in blocks if b.plan.block_type is block_type]
-            merged.append(_Block(block_type.merged(plans, model), ""))
+            plan = block_type.merged(plans, model)
+            merged.append(_Block(plan, plan.block_type.note(plan.adapter)))
     return merged
 
 

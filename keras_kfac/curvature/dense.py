@@ -9,7 +9,12 @@ import keras
 
 from keras_kfac.curvature.block import BlockPlan
 from keras_kfac.curvature.exact import FullBlock
+from keras_kfac.curvature.sample_space import SampleSpaceBlock
 from keras_kfac.introspection.composite import JointWeightsAdapter
+
+# Of more weights no matrix is kept: 2 P² numbers, 134 MB of these in float32, and P³ operations for
+# a refresh, some seconds on a few cores.
+MAX_KEPT = 4096
 
 
 class DenseBlock(FullBlock):
@@ -20,5 +25,8 @@ class DenseBlock(FullBlock):
 
     @classmethod
     def merged(cls, plans: Sequence[BlockPlan], model: keras.Model) -> BlockPlan:
-        """One block for all layers."""
-        return plans[0]._replace(adapter=JointWeightsAdapter([plan.adapter for plan in plans]))
+        """One block for all layers: this one, or one that keeps no matrix."""
+        adapter = JointWeightsAdapter([plan.adapter for plan in plans])
+        if adapter.dims[1] > MAX_KEPT:
+            return SampleSpaceBlock.plan(adapter, plans[0].inverse_type)
+        return plans[0]._replace(adapter=adapter)

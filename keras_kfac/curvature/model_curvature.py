@@ -10,9 +10,11 @@ from keras import ops
 from keras_kfac.curvature.block import AddVariable, BlockPlan, KroneckerBlock
 from keras_kfac.curvature.spectrum import CurvatureSummary
 from keras_kfac.introspection.adapters import Gradients
+from keras_kfac.introspection.backward_passes import Fisher
+from keras_kfac.introspection.fisher_rows import fisher_rows
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
-from keras_kfac.introspection.statistics import Fisher, collect
+from keras_kfac.introspection.statistics import collect
 from keras_kfac.math.inverses import Inverse
 from keras_kfac.math.kronecker import block_damping
 from keras_kfac.math.linalg import RowPairs, scalar
@@ -108,11 +110,31 @@ class ModelCurvature:
         """Those of the blocks, undamped, `[blocks]`."""
         return tf.stack([tf.cast(block.trace(), self._dtype) for block in self.blocks])
 
+    def fisher_rows(
+        self, passes: Sequence[ForwardPass], fisher: Fisher, samples: int, seed: tf.Tensor
+    ) -> Mapping[int, tf.Tensor]:
+        """The rows of a batch's Fisher matrix, for the blocks that need them.
+
+        Args:
+            passes: The forward passes.
+            fisher: Which Fisher matrix.
+            samples: How many targets to draw for each example.
+            seed: Of the draws; that of an update makes the same.
+
+        Returns:
+            `[rows, weights]` by `id` of the adapter.
+        """
+        adapters: list[Any] = [block.adapter for block in self.blocks if block.needs_rows]
+        if not adapters:
+            return {}
+        return fisher_rows(passes, adapters, fisher, samples, seed, self._dtype)
+
     def precondition(
         self,
         gradients: Mapping[int, tf.Tensor],
         inverses: Sequence[Inverse] | None = None,
         rows: GradientRows | None = None,
+        fisher_rows: Mapping[int, tf.Tensor] | None = None,
     ) -> list[Direction]:
         """Natural gradient of all covered variables that have a gradient.
 
@@ -120,6 +142,7 @@ class ModelCurvature:
             gradients: By `id` of the variable.
             inverses: Those to use in place of the kept ones.
             rows: What some of the gradients may be made of.
+            fisher_rows: Those of the batch, if a block needs them.
 
         Returns:
             For each block, in the order of the layers, its directions by `id` of the variable and
@@ -129,6 +152,7 @@ class ModelCurvature:
             ValueError: If a part of a block has no gradient.
         """
         inverses = inverses or [block.inverse for block in self.blocks]
+        inverses = [_on_batch(*pair, fisher_rows or {}) for pair in zip(self.blocks, inverses)]
         known = [] if rows is None else rows.adapters
         results: dict[int, Direction] = {}
         by_rows: list[_Task] = []
@@ -183,6 +207,11 @@ class _Task(NamedTuple):
 
     def direction(self, pairs: RowPairs | None = None) -> Direction:
         return self.block.precondition(self.gradients, self.inverse, pairs)
+
+
+def _on_batch(block: KroneckerBlock, inverse: Any, rows: Mapping[int, tf.Tensor]) -> Any:
+    """The inverse, with rows of the batch if it is made of these."""
+    return inverse.on(rows[id(block.adapter)]) if block.needs_rows else inverse
 
 
 def _gradients_of(block: KroneckerBlock, gradients: Mapping[int, tf.Tensor]) -> Gradients:

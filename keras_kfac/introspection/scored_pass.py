@@ -132,6 +132,33 @@ class ScoredPass(NamedTuple):
         is_as_long = tf.equal(tf.shape(tensor)[0], self.batch)
         return tf.constant(False) if self._is_other(tensor) else is_as_long
 
+    def arrived(
+        self,
+        adapters: Sequence[LayerAdapter],
+        targets: Any,
+        vectors: Any,
+        dtype: tf.DType,
+    ) -> list[list[tuple[Any, Sequence[Any]]]]:
+        """Back-propagates vectors from the targets to the layers.
+
+        Returns:
+            For each adapter, of each of its calls: gradients of the outputs, of the examples in
+            use, and what was observed.
+        """
+        layers = [layer for adapter in adapters for layer in adapter.layers]
+        gradients = self.forward_pass.output_gradients(layers, targets, vectors)
+
+        def used(gradient: Any) -> Any:
+            return tf.nest.map_structure(lambda g: self.used(g, dtype), gradient)
+
+        return [
+            [
+                (used(adapter.arrived(gradients, place)), seen)
+                for place, seen in self.observed[id(adapter)].items()
+            ]
+            for adapter in adapters
+        ]
+
     def row_weights(
         self, adapters: Sequence[LayerAdapter], seed: tf.Tensor, dtype: tf.DType
     ) -> Placed:
