@@ -365,6 +365,28 @@ def scaled_run(fisher: str, scales: list[float], overflow_at: int | None = None)
     return model
 
 
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_many_positions_that_count_little_count_in_float16(fisher: str) -> None:
+    """What each of them does is no number that float16 has."""
+    x, y = np.random.default_rng(0).normal(size=(4, 32, 32, 1)), np.ones((4, 32, 32), int)
+    if fisher == "exact":
+        x, y = x[:1, :8, :8], y[:1, :8, :8]
+    weight, found = 1e-4 if fisher != "exact" else 1e-6, []
+    for policy in ("float32", "mixed_float16"):
+        with helpers.precision(policy):
+            keras.utils.set_random_seed(0)
+            layers = [keras.layers.Conv2D(3, 1), keras.layers.Conv2D(2, 1)]
+            model = keras.Sequential([keras.Input((*x.shape[1:3], 1)), *layers])
+            optimizer = helpers.kfac(fisher=fisher, learning_rate=0.0, damping=1e-6)
+            helpers.compiled(model, optimizer, loss_weights=weight)
+            helpers.fit(model, (x, y), batch_size=4)
+            found.append(helpers.factors(helpers.inner(model)))
+    for key, expected in found[0].items():
+        scale = np.abs(expected).max()
+        assert scale > 0
+        np.testing.assert_allclose(found[1][key], expected, atol=0.02 * scale)
+
+
 @pytest.mark.parametrize("overflow_at", [0, 1])
 def test_overflow_in_a_custom_loop_changes_nothing(overflow_at: int) -> None:
     """Where Keras does not tell the optimizer inside of the step."""

@@ -55,7 +55,7 @@ class BackwardPasses(NamedTuple):
 def backward_passes(
     item: ScoredPass, fisher: Fisher, samples: int, seed: tf.Tensor
 ) -> list[BackwardPasses]:
-    """The passes whose gradients make up the Fisher matrix.
+    """The passes whose gradients make up the Fisher matrix, times `item.unit`.
 
     Args:
         item: The forward pass, with what counts in it.
@@ -72,7 +72,7 @@ def backward_passes(
             "curvature are made. Choose another. Received: fisher='forward_only'"
         )
     if fisher is Fisher.EXACT:
-        return [_columns(term, coefficients) for term, coefficients in item.terms]
+        return [_columns(item, term, coefficients) for term, coefficients in item.terms]
     if fisher is Fisher.EMPIRICAL:
         return [BackwardPasses(lambda _: _empirical(item, seed))]
     return [_drawn(item, fisher, samples, index, seed) for index in range(samples)]
@@ -83,8 +83,15 @@ def fold(seed: tf.Tensor, index: int) -> tf.Tensor:
     return tf.random.experimental.stateless_fold_in(seed, index)
 
 
-def _root(coefficients: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    return with_rank(tf.sqrt(tf.cast(coefficients, outputs.dtype)), outputs.shape.rank)
+def _root(coefficients: tf.Tensor, item: ScoredPass, outputs: tf.Tensor) -> tf.Tensor:
+    root = tf.sqrt(coefficients / scalar(item.unit, coefficients.dtype))
+    return with_rank(tf.cast(root, outputs.dtype), outputs.shape.rank)
+
+
+def _with_random_signs(vector: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """One for each example: on average there are no products with what has others."""
+    bits = tf.random.stateless_uniform(tf.shape(vector)[:1], seed, 0, 2, tf.int32)
+    return vector * with_rank(tf.cast(2 * bits - 1, vector.dtype), vector.shape.rank)
 
 
 def _drawn(
@@ -101,18 +108,21 @@ def _drawn(
             draw = likelihood.sampled_vector
             if fisher is Fisher.PROPAGATED:
                 draw = likelihood.propagated_vector
-            vector = draw(outputs, fold(own, place))
+            seed_of_term = fold(own, place)
+            vector = draw(outputs, seed_of_term)
+            if term.is_empirical and len(item.terms) > 1:
+                vector = _with_random_signs(vector, seed_of_term)
             targets.append(outputs)
-            vectors.append(vector * _root(coefficients / samples, outputs))
+            vectors.append(vector * _root(coefficients / samples, item, outputs))
         return targets, vectors
 
     return BackwardPasses(start)
 
 
-def _columns(term: Term, coefficients: tf.Tensor) -> BackwardPasses:
+def _columns(item: ScoredPass, term: Term, coefficients: tf.Tensor) -> BackwardPasses:
     """A pass for each column at each position: no cross terms between positions."""
     outputs, likelihood = term.differentiable(term.outputs)
-    root = _root(coefficients, outputs)
+    root = _root(coefficients, item, outputs)
     columns, positions = likelihood.columns(outputs), _positions(outputs)
     middle = tf.shape(outputs)[1:-1]
     position_shape = tf.concat([[1], middle, [1]], axis=0)[: outputs.shape.rank]
@@ -138,7 +148,9 @@ def _empirical(item: ScoredPass, seed: tf.Tensor) -> Start:
     products between positions of one output. Those between outputs vanish on average: each example
     has random signs for these.
     """
-    scaled = [(t, tf.sqrt(c / scalar(t.likelihood_weight(), c.dtype))) for t, c in item.terms]
+    scaled = [
+        (t, tf.sqrt(c / scalar(t.likelihood_weight() * item.unit, c.dtype))) for t, c in item.terms
+    ]
     tape = item.forward_pass.tape
     with tape:
         totals = [term.weighted_sum(weights) for term, weights in scaled]
@@ -150,6 +162,5 @@ def _empirical(item: ScoredPass, seed: tf.Tensor) -> Start:
     for index, (total, target) in enumerate(zip(totals, targets)):
         vector = tape.gradient(total, target, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         vector = tf.convert_to_tensor(vector)  # Of a loss that gathers, it may be some rows.
-        bits = tf.random.stateless_uniform(tf.shape(vector)[:1], fold(seed, index), 0, 2, tf.int32)
-        vectors.append(vector * with_rank(tf.cast(2 * bits - 1, vector.dtype), vector.shape.rank))
+        vectors.append(_with_random_signs(vector, fold(seed, index)))
     return targets, vectors

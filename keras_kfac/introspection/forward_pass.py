@@ -118,6 +118,16 @@ class ForwardPass:
         # Of outputs that are gathered from, they can be a few rows.
         return tf.nest.map_structure(tf.convert_to_tensor, found)
 
+    def layers_behind(self, target: tf.Tensor) -> set[int]:
+        """The layers that a tensor depends on, by `id`."""
+        sources = {key: [call.outputs for call in calls] for key, calls in self.calls.items()}
+        found = self.tape.gradient(target, sources)
+        return {
+            key
+            for key, gradients in found.items()
+            if any(gradient is not None for gradient in tf.nest.flatten(gradients))
+        }
+
 
 class _Recording(threading.local):
     """Whether a pass is being recorded on this thread: models nest, recordings don't."""

@@ -94,6 +94,18 @@ class ScoredPass(NamedTuple):
         return item
 
     @property
+    def unit(self) -> tf.Tensor | float:
+        """What to measure the coefficients by: the largest, where gradients are in float16.
+
+        In that, what each of many positions counts can be too small a number.
+        """
+        calls = (call for own in self.forward_pass.calls.values() for call in own)
+        if all(out.dtype != tf.float16 for call in calls for out in tf.nest.flatten(call.outputs)):
+            return 1.0
+        largest = tf.reduce_max([tf.reduce_max(c) for c in self.coefficients])
+        return tf.where(largest > 0, largest, 1)
+
+    @property
     def terms(self) -> list[tuple[Term, tf.Tensor]]:
         """The terms of the loss, with their coefficients."""
         return list(zip(self.forward_pass.terms, self.coefficients))

@@ -1,7 +1,7 @@
 """Kronecker factors of a step's forward passes, under each kind of Fisher matrix."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -138,7 +138,7 @@ def _output_factors(
     for backward in backward_passes(item, fisher, samples, seed):
         for adapter, own in zip(adapters, _of_passes(item, adapters, backward, dtype)):
             totals[id(adapter)] += own
-    return totals
+    return {key: total * item.unit for key, total in totals.items()}
 
 
 def _of_passes(
@@ -173,12 +173,18 @@ def _of_passes(
 def _forward_only(
     item: ScoredPass, adapters: Sequence[LayerAdapter], dtype: tf.DType
 ) -> dict[int, tf.Tensor]:
-    """The identity, times the weight between loss and negative log-likelihood of all terms.
+    """The identity, times the weight between loss and negative log-likelihood of the terms.
+
+    Those that depend on a layer.
 
     Source: Benzing (2022), arXiv:2201.12250, "Gradient descent on neurons and its link to
     approximate second-order optimization" (FOOF).
     """
-    scale = tf.zeros((), dtype)
+    scales = {id(a): tf.zeros((), dtype) for a in adapters}
     for term, coefficients in item.terms:
-        scale += term.likelihood_weight() * tf.cast(tf.reduce_sum(coefficients), dtype)
-    return {id(a): scale * identity(a.factor_shapes[1], dtype) for a in adapters}
+        own = term.likelihood_weight() * tf.cast(tf.reduce_sum(coefficients), dtype)
+        reached = item.forward_pass.layers_behind(term.outputs)
+        for adapter in adapters:
+            if any(id(layer) in reached for layer in adapter.layers):
+                scales[id(adapter)] += own
+    return {id(a): scales[id(a)] * identity(a.factor_shapes[1], dtype) for a in adapters}
