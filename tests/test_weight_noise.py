@@ -135,8 +135,8 @@ def test_mean_is_that_of_the_posterior():
     )
     optimizer = KFAC(rate, damping=0.0, momentum=0.0, fisher="exact", inverse_update_period=500)
     model.compile(optimizer, nll())
-    watch = Watch()
-    helpers.fit(model, (x, y), steps, batch_size=EXAMPLES, callbacks=[watch, WeightNoise(EXAMPLES)])
+    watch, data = Watch(), (np.tile(x, [steps, 1]), np.tile(y, [steps, 1]))
+    helpers.fit(model, data, batch_size=EXAMPLES, callbacks=[watch, WeightNoise(EXAMPLES)])
     means = np.array([np.append(*map(np.ravel, w)) for w in watch.seen[burn_in:]])
     far = np.mean(means, axis=0) - best
     assert far @ precision @ far < 23.5 / len(means)
@@ -343,6 +343,7 @@ class TestMeans:
         helpers.assert_same(helpers.weights(model), expected)
         helpers.assert_different(before, means)
 
+    @pytest.mark.filterwarnings("ignore:Your input ran out of data")
     def test_errors_in_a_batch(self):
         """Whatever stops training, also the end of data of unknown length."""
 
