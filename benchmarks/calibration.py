@@ -4,8 +4,8 @@
 
 Two tasks: the digits of `examples/laplace.py`, and a curve through 30 points. Each network has the
 prior of one precision, chosen on the first seed by the likelihood of validation data: one for MAP,
-one for noisy K-FAC. All results are written to a JSON file with the
-environment; `--report` prints the tables of docs/laplace.md from that file.
+one for noisy K-FAC. All results are written to a JSON file with the environment; `--report` prints
+the tables of docs/laplace.md from that file.
 """
 
 import argparse

@@ -190,11 +190,9 @@ def model_and_data(name):
         ("images", {}),
         ("images", {"curvature": "ekfac"}),
         ("tokens", {}),
-        ("tokens", {"curvature": "diagonal"}),
         ("vectors", {"max_factor_size": 3}),
         ("vectors", {"curvature": "full"}),
         ("vectors", {"curvature": "dense"}),
-        ("vectors", {"curvature": "input"}),
     ],
     ids=str,
 )
@@ -432,11 +430,11 @@ class TestUse:
         return helpers.weights(model)
 
     def test_seeds(self):
-        helpers.assert_same(self.path(), self.path())
-        helpers.assert_different(self.path(seed=1), self.path())
-
-    def test_several_fits_are_one(self):
-        helpers.assert_same(self.path(fits=2), self.path())
+        """The same path, in one fit or several."""
+        path = self.path()
+        helpers.assert_same(self.path(), path)
+        helpers.assert_same(self.path(fits=2), path)
+        helpers.assert_different(self.path(seed=1), path)
 
     def test_draws_afterwards(self):
         model = mlp()
@@ -496,6 +494,7 @@ class TestUse:
 class TestRefusals:
     def check(self, message, model=None, optimizer=None, error=ValueError, loss=None, **compiled):
         data = helpers.vectors(EXAMPLES)
+        compiled = {"run_eagerly": True, **compiled}  # There is nothing to trace for.
         with pytest.raises(error, match=message):
             fit(model or mlp(), optimizer=optimizer, data=data, loss=loss, compiled=compiled)
 
