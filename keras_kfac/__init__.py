@@ -16,6 +16,7 @@ from keras_kfac.plateau import DampingOnPlateau
 from keras_kfac.posterior import LaplacePosterior
 from keras_kfac.residuals import NaturalGradient, natural_gradient
 from keras_kfac.staleness import StalenessSchedule
+from keras_kfac.weight_noise import WeightNoise
 from keras_kfac.whitening import Whitening, WhiteningCallback, rewhiten
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PerExampleAdapter",
     "RawWeightsAdapter",
     "StalenessSchedule",
+    "WeightNoise",
     "Whitening",
     "WhiteningCallback",
     "__version__",

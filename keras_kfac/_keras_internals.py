@@ -7,6 +7,8 @@ helper `_var_key`), the only place that sees all gradients after clipping and ac
 with the step and not before the step is modelled.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -99,6 +101,27 @@ def projections_of(layer: keras.Layer) -> dict[str, list[keras.Layer]]:
         "value": ("_key_dense", "_value_dense"),
     }
     return {k: [getattr(layer, n) for n in v if hasattr(layer, n)] for k, v in names.items()}
+
+
+def around_next_batch(
+    model: keras.Model, context: Callable[[], contextlib.AbstractContextManager]
+) -> None:
+    """Has `fit` train its next batch within a context.
+
+    Callbacks are not told when a batch fails, or when the data end where one was about to begin,
+    and those before this one in the list would see its changes. `fit` looks `train_function` up for
+    each batch; it is put back before that begins, so that no failure leaves anything behind.
+    """
+    present = model.train_function
+    original = getattr(present, "within_context", present)  # One may be left of another failure.
+
+    def train_function(iterator: Any) -> Any:
+        model.train_function = original
+        with context():
+            return original(iterator)
+
+    train_function.within_context = original  # type: ignore[attr-defined]
+    model.train_function = train_function
 
 
 def current_graph() -> Any:

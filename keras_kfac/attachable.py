@@ -30,6 +30,7 @@ class Built:
     curvature: ModelCurvature
     coverage: Coverage
     covered: dict[int, keras.Variable]  # by index among the trained variables
+    outputs: list[tf.TensorShape]  # of the model, batch included
 
 
 class AttachableOptimizer(ConfiguredOptimizer):
@@ -171,6 +172,11 @@ class AttachableOptimizer(ConfiguredOptimizer):
         )
 
     @property
+    def findings(self) -> Built | None:
+        """The curvature, and what else the first step found out; `None` before it."""
+        return self._built
+
+    @property
     def _known(self) -> Built:
         if self._built is None:  # `apply` builds it; nothing else calls what needs it.
             raise unattached_error()
@@ -200,7 +206,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
         self.build_fallback(others)
-        self._built = Built(curvature, plan.rows, covered)
+        outputs = [output.shape for output in tf.nest.flatten(passes[-1].outputs)]
+        self._built = Built(curvature, plan.rows, covered, outputs)
         self.model_is_known = True
         self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
         return self._built

@@ -152,7 +152,7 @@ def kfac_of(model: keras.Model) -> KFAC:
         optimizer = optimizer.inner_optimizer
     if not isinstance(optimizer, KFAC):
         raise ValueError(
-            "`KFACCallback` needs a model compiled with `optimizer=keras_kfac.KFAC(...)`. "
+            "This callback needs a model compiled with `optimizer=keras_kfac.KFAC(...)`. "
             f"Received: optimizer={optimizer!r}"
         )
     return optimizer

@@ -89,7 +89,7 @@ def laplace(
         )
     validation.check_positive_int("batch_size", batch_size)
     if prior_precision is not None:
-        validation.check_prior_precision(prior_precision)
+        validation.check_finite_positive("prior_precision", prior_precision)
     curvature = validation.check_curvature(curvature)
     settings = CurvatureSettings(
         model,

@@ -327,6 +327,12 @@ class KFAC(SteppingOptimizer):
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Comes with the step: decoupled decay is no part of the model of the step."""
 
+    @property
+    def batches_seen(self) -> tf.Tensor:
+        """How many batches came, whether they were stepped on or not; int64 scalar."""
+        stepped = tf.cast(self.iterations, tf.int64)
+        return stepped + self.skipped_steps.value + self._burnt_in.value
+
     # ---- Reports --------------------------------------------------------------------------------
 
     def last_step(self) -> dict[str, float]:

@@ -1,50 +1,19 @@
 """The posterior distribution of a model's weights, and what it predicts."""
 
 import math
-from typing import Any, NamedTuple, Self, cast
+from typing import Any
 
 import tensorflow as tf
 
 from keras_kfac import validation
-from keras_kfac.curvature.block import KroneckerBlock
-from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.block_normal import BlockNormal, draws
 from keras_kfac.math import evidence, predictive
 from keras_kfac.math.eigenbasis_normal import EigenbasisNormal
-from keras_kfac.math.inverses import ExactInverse
 from keras_kfac.math.linalg import scalar
 from keras_kfac.predictions import Predictions
 from keras_kfac.whole_data import CurvatureSettings, WholeCurvature
 
 LINEAR, PROBIT, WEIGHTS = METHODS = ("linear", "probit", "weights")
-
-
-class _Block(NamedTuple):
-    """A layer, or a part of one.
-
-    Attributes:
-        adapter: Its weights as a matrix.
-        mean: That matrix, `[..., d_in, d_out]`.
-        bases: In which the covariance is diagonal.
-        eigenvalues: Of the Fisher matrix of all data, shaped as the mean.
-    """
-
-    adapter: LayerAdapter
-    mean: tf.Tensor
-    bases: tuple[tf.Tensor, tf.Tensor]
-    eigenvalues: tf.Tensor
-
-    @classmethod
-    def of(cls, block: KroneckerBlock, examples: tf.Tensor) -> Self:
-        """What a block knows of the mean over examples, for all of them."""
-        adapter, inverse = block.adapter, cast(ExactInverse, block.inverse)
-        mean = adapter.to_matrix({id(v): tf.convert_to_tensor(v) for v in adapter.variables})
-        values = tf.broadcast_to(inverse.eigenvalues, tf.shape(mean))
-        return cls(adapter, mean, inverse[:2], values * tf.cast(examples, values.dtype))
-
-    def normal(self, prior_precision: tf.Tensor) -> EigenbasisNormal:
-        """The distribution of the matrix."""
-        precision = self.eigenvalues + tf.cast(prior_precision, self.mean.dtype)
-        return EigenbasisNormal(self.mean, *self.bases, precision)
 
 
 class LaplacePosterior:
@@ -80,7 +49,7 @@ class LaplacePosterior:
         self._make = found.likelihood.distribution
         self._variables = list(self.model.trainable_variables)
         self._mean = [tf.convert_to_tensor(v) for v in self._variables]
-        self._blocks = [_Block.of(block, found.examples) for block in found.blocks]
+        self._blocks = [BlockNormal.of(block, found.examples) for block in found.blocks]
         flat = [tf.reshape(b.eigenvalues, [-1]) for b in self._blocks]
         self._eigenvalues = tf.cast(tf.concat(flat, axis=0), tf.float64)
         squares = [tf.reduce_sum(tf.cast(b.mean, tf.float64) ** 2) for b in self._blocks]
@@ -98,7 +67,8 @@ class LaplacePosterior:
 
     @prior_precision.setter
     def prior_precision(self, value: float) -> None:
-        self._precision = scalar(validation.check_prior_precision(value), tf.float64)
+        value = validation.check_finite_positive("prior_precision", value)
+        self._precision = scalar(value, tf.float64)
 
     def maximize_evidence(self) -> float:
         """Takes the prior precision of largest evidence, and returns it.
@@ -176,11 +146,9 @@ class LaplacePosterior:
     def _draw(self, seed: int, index: int) -> dict[int, tf.Tensor]:
         """One of several draws, by `id` of the variable."""
         drawn = {id(v): mean for v, mean in zip(self._variables, self._mean)}
-        seeds = tf.random.experimental.stateless_split(
-            tf.constant([seed, index]), len(self._blocks)
-        )
-        for block, own in zip(self._blocks, tf.unstack(seeds)):
-            drawn.update(block.adapter.from_matrix(block.normal(self._precision).sample(own)))
+        adapters, normals = [b.adapter for b in self._blocks], self._normals()
+        for values in draws(adapters, normals, tf.constant([seed, index])):
+            drawn.update(values)
         return drawn
 
     # ---- Predictions ----------------------------------------------------------------------------
@@ -252,4 +220,8 @@ class LaplacePosterior:
                     "`laplace`, or put its weights back. Received: model "
                     f"{self.model.name!r} with other values of {variable.path!r}"
                 )
-        return self._predictions.moments(x, [b.normal(self._precision) for b in self._blocks])
+        return self._predictions.moments(x, self._normals())
+
+    def _normals(self) -> list[EigenbasisNormal]:
+        """The distributions of the blocks."""
+        return [block.normal(self._precision) for block in self._blocks]

@@ -171,6 +171,10 @@ class SteppingOptimizer(AttachableOptimizer):
         for has_come, blocks in zip(due, turns):
             ops.cond(has_come, partial(curvature.refresh, blocks, dampings), lambda: None)
 
+    def inverses_were_due(self) -> tf.Tensor:
+        """Whether a period of the inverses began with the last step; boolean scalar."""
+        return is_due(self.iterations - 1, self._inverse_update_period.value)
+
     def _inverses_are_due(self, turn: float = 0.0) -> tf.Tensor:
         return is_due(self.iterations, self._inverse_update_period.value, turn)
 

@@ -134,12 +134,10 @@ def check_positive(name: str, value: float | None, what: str = "a positive numbe
         raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
 
 
-def check_prior_precision(value: Any) -> float:
+def check_finite_positive(name: str, value: Any) -> float:
     """Checks a positive number that is finite."""
     if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
-        raise ValueError(
-            f"`prior_precision` must be a positive number. Received: prior_precision={value!r}"
-        )
+        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
     return float(value)
 
 

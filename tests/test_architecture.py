@@ -14,14 +14,14 @@ LAYERS = [
     ["curvature", "curvature_matrix", "residuals"],
     ["fisher_matrix"],
     ["validation", "attachment", "restorable", "problem_report", "settings", "step_rule"],
-    ["damping", "step", "whole_data", "predictions", "posterior", "laplace"],
+    ["damping", "step", "whole_data", "predictions", "block_normal", "posterior", "laplace"],
     ["hyperparameters"],
     ["attachable"],
     ["stepping"],
     ["optimizer"],
     ["staleness"],
     ["callbacks", "batches", "whitening"],
-    ["plateau"],
+    ["plateau", "weight_noise"],
     ["__init__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -31,7 +31,12 @@ def test_quickstart_runs_as_printed():
 
 PAGES = {
     "curvature.md": [r"first +Conv2D +80 +ekfac", r"dense +Dense .* kronecker", r"logits .* full"],
-    "laplace.md": [r"dense +Dense +40 +kronecker", r"100.0 % of the trained weights"],
+    "laplace.md": [
+        r"dense +Dense +40 +kronecker",
+        r"100.0 % of the trained weights",
+        r"^prior: {1.0}$",
+        r"^deviation: ",
+    ],
     "layers.md": [r"Gate +3 +full", r"Centred +32 +kronecker"],
     "likelihoods.md": [r"^\(8, 8\) \[", r"trace +largest +damping +above the damping$"],
     "residuals.md": [r"^largest error: \de-0[5-9]"],

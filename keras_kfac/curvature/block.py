@@ -1,6 +1,7 @@
 """The Kronecker-factored curvature block of one layer."""
 
 import math
+import typing
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class KroneckerBlock:
     is_joint = False  # Whether there is one block for all layers that have the structure.
     replaces_exact = False  # Whether it is for layers, too, that have an exact block as they are.
     needs_rows = False  # Whether its inverse is made of rows of the batch: see `ModelCurvature`.
+    keeps_fisher = True  # Whether `A ⊗ G` is the layer's Fisher matrix, and its factors are kept.
 
     @classmethod
     def unsuitable(cls, adapter: LayerAdapter) -> str | None:
@@ -226,9 +228,24 @@ class KroneckerBlock:
     def invert(self, damping: tf.Tensor) -> Inverse:
         """The inverse of the damped factors as they are now; not finite where that fails."""
         damping = scalar(damping, self.input_factor.dtype) + self._l2
-        factors = [s.filled(f) for s, f in zip(self._structures, self._factors())]
-        a, g = aligned(factors, self._structures)
+        a, g = self._aligned_factors()
         return self._inverse_type.of(a, g, damping)
+
+    def _aligned_factors(self) -> list[tf.Tensor]:
+        """Those to invert, with the axes of the gradient's blocks if it has any."""
+        factors = [s.filled(f) for s, f in zip(self._structures, self._factors())]
+        return aligned(factors, self._structures)
+
+    def eigenbasis(self) -> ExactInverse:
+        """Eigenvectors and eigenvalues of the undamped block, of one that `keeps_fisher`.
+
+        Those that are kept as of the last refresh, if any are, else those of the factors as they
+        are now.
+        """
+        if self._inverse_type is ExactInverse:
+            return typing.cast(ExactInverse, self.inverse)
+        a, g = self._aligned_factors()
+        return ExactInverse.of(a, g, scalar(0.0, a.dtype))
 
     def keep(self, inverse: Inverse) -> None:
         """Keeps an inverse for the next steps; the previous one if it is not finite."""

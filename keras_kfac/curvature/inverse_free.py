@@ -30,6 +30,7 @@ class InverseFreeBlock(KroneckerBlock):
     """
 
     kind = "inverse_free"
+    keeps_fisher = False
 
     @classmethod
     def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> BlockPlan:

@@ -21,6 +21,7 @@ class LinearExactBlock(KroneckerBlock):
     """
 
     kind = "linear_exact"
+    keeps_fisher = False
 
     def join(self, blocks: Sequence[KroneckerBlock]) -> None:
         """Counts them."""

@@ -26,6 +26,7 @@ class SampleSpaceBlock(KroneckerBlock):
 
     kind = "dense"
     needs_rows = True
+    keeps_fisher = False
 
     @classmethod
     def plan(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> BlockPlan:

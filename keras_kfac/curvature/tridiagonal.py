@@ -45,6 +45,7 @@ class TridiagonalBlock(KroneckerBlock):
     """
 
     kind = "tridiagonal"
+    keeps_fisher = False
     is_joint = True
     adapter: ChainAdapter
 

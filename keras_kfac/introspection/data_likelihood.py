@@ -1,6 +1,8 @@
 """The log-likelihood of data under a model, with the scale of its training loss taken out."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import keras
@@ -30,10 +32,58 @@ def likelihood_term(model: keras.Model, outputs: Any, targets: Any, likelihood: 
     Raises:
         ValueError: If the model has several outputs, no loss, or one that is no likelihood.
     """
-    flat, (loss, _) = tf.nest.flatten(outputs), only_loss(model)
+    term, _ = _own_term(model, outputs, targets, likelihood)
+    return scaled(dataclasses.replace(term, reduction="sum"), 1 / term.likelihood_weight())
+
+
+def loss_scale(model: keras.Model, outputs: Sequence[tf.TensorShape]) -> float:
+    """`c` of a model's loss, regularisers apart: the mean over examples of `-c log r`.
+
+    That of a mean squared error of `d` outputs is `2 / d`; a mean over positions has their number
+    in the denominator, a loss weight is a factor.
+
+    Args:
+        model: A model with a loss.
+        outputs: The shapes of its outputs, batch included.
+
+    Raises:
+        ValueError: If the model has several outputs, no loss, or one that is no likelihood, or no
+            mean over examples in which all positions count the same.
+    """
+
+    def of_batch(size: int) -> float:
+        shapes = [[size, *shape[1:]] for shape in outputs]
+        term, weight = _own_term(model, [tf.zeros(shape) for shape in shapes], None, None)
+        if term.needs_targets:
+            raise ValueError(
+                "The positions of `ignore_class` have no part in the likelihood, so that its scale "
+                f"differs between batches. Received: loss={term.score.loss!r}"
+            )
+        by_value = float(tf.reduce_max(term.coefficients()))
+        return size * by_value * weight * term.likelihood_weight()
+
+    if any(None in shape[1:].as_list() for shape in outputs):
+        raise ValueError(
+            "The scale of a likelihood depends on the number of positions, which must be known. "
+            f"Received: outputs of shape {outputs[0]}"
+        )
+    scale = of_batch(1)
+    if not math.isclose(scale, of_batch(2), rel_tol=1e-3):
+        raise ValueError(
+            "The loss must be a mean over examples. Received: reduction="
+            f"{as_loss(only_loss(model)[0]).reduction!r}"
+        )
+    return scale
+
+
+def _own_term(
+    model: keras.Model, outputs: Any, targets: Any, likelihood: Any
+) -> tuple[Term, float]:
+    """The loss of a model of one output as a term, and its loss weight."""
+    flat, (loss, weight) = tf.nest.flatten(outputs), only_loss(model)
     if len(flat) != 1:
         raise ValueError(
-            "Laplace's approximation is for models of one output. Received: model "
+            "A posterior is for models of one output. Received: model "
             f"{model.name!r} with {len(flat)} outputs"
         )
     if loss is None:
@@ -46,7 +96,7 @@ def likelihood_term(model: keras.Model, outputs: Any, targets: Any, likelihood: 
     term = understood(score, 0, given)
     if term.likelihood is None:
         raise unknown_likelihood(term.score.loss)
-    return scaled(dataclasses.replace(term, reduction="sum"), 1 / term.likelihood_weight())
+    return term, weight
 
 
 def scaled(term: Term, factor: float | tf.Tensor) -> Term:

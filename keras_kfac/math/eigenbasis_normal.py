@@ -20,11 +20,11 @@ class EigenbasisNormal(NamedTuple):
     """`X = M + U_A (Z / √p) U_Gᵀ` with independent standard normal numbers `Z`.
 
     Attributes:
-        mean: `M`, `[..., d_in, d_out]`.
+        mean: `M`, `[..., d_in, d_out]`; for draws a number will do.
         input_basis: `U_A`, orthogonal: `[..., d_in, d_in]`, `[d_in]` for the diagonal of one, or
             `[1, 1]` for a number.
         output_basis: `U_G`, likewise.
-        precision: `p > 0`, shaped as the mean.
+        precision: `p > 0`, `[..., d_in, d_out]`.
     """
 
     mean: tf.Tensor
@@ -33,12 +33,12 @@ class EigenbasisNormal(NamedTuple):
     precision: tf.Tensor
 
     def sample(self, seed: tf.Tensor) -> tf.Tensor:
-        """One draw, shaped as the mean.
+        """One draw, shaped as the precision.
 
         Args:
             seed: Stateless seed, int32 `[2]`.
         """
-        shape, dtype = tf.shape(self.mean), self.mean.dtype
+        shape, dtype = tf.shape(self.precision), self.precision.dtype
         z = tf.random.stateless_normal(shape, seed, dtype=dtype) / tf.sqrt(self.precision)
         inside = right_product(z, self.output_basis, transpose=True)
         return self.mean + left_product(self.input_basis, inside)
