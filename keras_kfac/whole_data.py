@@ -1,5 +1,6 @@
 """The curvature of the log-likelihood of a whole data set, in the blocks of a model."""
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -90,11 +91,12 @@ def whole_curvature(settings: CurvatureSettings, data: tf.data.Dataset) -> Whole
     """
     plan, output_shape, likelihood = _look(settings, data)
     for block in plan.blocks:
-        if block.block_type.needs_rows:
+        if not block.block_type.keeps_fisher:
             raise ValueError(
-                "`laplace` needs the matrix of each block, and curvature='dense' keeps none of so "
-                "many weights: choose 'kfac', 'ekfac' or 'diagonal'. Received: "
-                f"{block.adapter.dims[1]:,} weights of {block.adapter.path!r}"
+                "`laplace` needs the Fisher matrix of each block, and "
+                f"curvature={block.block_type.kind!r} keeps none, or none of so many weights: "
+                "choose 'kfac', 'ekfac' or 'diagonal'. Received: "
+                f"{math.prod(block.adapter.matrix_shape):,} weights of {block.adapter.path!r}"
             )
     if not plan.blocks:
         raise ValueError(

@@ -422,6 +422,7 @@ class TestWrongUses:
 
     def test_names(self):
         self.check(r"`curvature` must be one of.*Received", curvature="kronecker")
+        self.check(r"'linear_exact' keeps none.*Received: 6 weights", curvature="linear_exact")
         self.check(r"`fisher` must be one of.*Received", fisher="true")
         self.check(r"`batch_size` must be a positive int. Received", batch_size=0)
 
