@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kfac import validation
+from keras_kfac import _keras_internals, validation
 from keras_kfac.attachment import Attachment, unattached_error
 from keras_kfac.curvature.coverage import BlockSettings, Coverage
 from keras_kfac.curvature.model_curvature import ModelCurvature
@@ -31,6 +31,7 @@ class Built:
     coverage: Coverage
     covered: dict[int, keras.Variable]  # by index among the trained variables
     outputs: list[tf.TensorShape]  # of the model, batch included
+    has_masks: bool  # Whether some outputs have a mask.
 
 
 class AttachableOptimizer(ConfiguredOptimizer):
@@ -206,8 +207,10 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
         self.build_fallback(others)
-        outputs = [output.shape for output in tf.nest.flatten(passes[-1].outputs)]
-        self._built = Built(curvature, plan.rows, covered, outputs)
+        outputs = tf.nest.flatten(passes[-1].outputs)
+        has_masks = any(_keras_internals.mask_of(output) is not None for output in outputs)
+        shapes = [output.shape for output in outputs]
+        self._built = Built(curvature, plan.rows, covered, shapes, has_masks)
         self.model_is_known = True
         self.keep_loss_scale_loadable(getattr(attachment.model, "optimizer", None))
         return self._built

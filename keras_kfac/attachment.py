@@ -101,8 +101,6 @@ class Attachment:
             replay = Replay(self.model, args, {**kwargs, "training": True})
         forward_pass = recorded_pass(self.model, lambda: call(*args, **kwargs))
         forward_pass.replay = replay
-        given = filter(tf.is_tensor, tf.nest.flatten((args, kwargs)))
-        forward_pass.has_unknown_batch = any(x.shape[:1].as_list() == [None] for x in given)
         self._pending = [p for p in self._pending if p.is_usable()][1 - _MOST_PENDING :]
         self._pending.append(forward_pass)
         return forward_pass.outputs

@@ -14,7 +14,7 @@ from keras_kfac.introspection.observed_losses import observed_losses
 from keras_kfac.introspection.replay import Replay, tangents
 from keras_kfac.math import spectra
 from keras_kfac.math.likelihood import Likelihood
-from keras_kfac.math.linalg import scalar
+from keras_kfac.math.linalg import scalar, with_rank
 
 
 class CurvatureMatrix(tf.linalg.LinearOperator):
@@ -69,6 +69,7 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
             self._terms = _terms(model, x, y, outputs, sample_weight, given)
         for term in self._terms:
             self._check(term)
+        self._unit = _unit(self._terms)
         self._size = sum(int(v.value.shape.num_elements()) for v in self._variables)
         self._products = tf.function(
             lambda vectors: tf.map_fn(self._product, vectors), reduce_retracing=True
@@ -155,6 +156,17 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
         """
         return spectra.largest_eigenvalues(self, count, steps, seed)
 
+    def _coefficients(self, term: Term) -> tf.Tensor:
+        """What each position of an output counts, by the largest that any does."""
+        coefficients = term.coefficients()
+        return coefficients / tf.cast(self._unit, coefficients.dtype)
+
+    def _weighted(self, term: Term, vector: tf.Tensor) -> tf.Tensor:
+        """Rows of an output, with what the positions count."""
+        # Derivatives in forward mode may have lost their shape.
+        coefficients = tf.cast(self._coefficients(term), vector.dtype)
+        return vector * with_rank(coefficients, term.outputs.shape.rank)
+
     def _differentiable(self, weights: dict[int, tf.Tensor]) -> list[tf.Tensor]:
         return self._of_outputs(self._replay.outputs(weights))
 
@@ -183,7 +195,16 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
         each = zip(self._terms, outputs, along)
         back = [self._output_product(*own) for own in each]
         gradients = tape.gradient(outputs, weights, back, unconnected_gradients="zero")
-        return self.flatten(gradients.values()) + scalar(self._damping, self.dtype) * vector
+        gradients = [self._unit * tf.cast(g, self.dtype) for g in gradients.values()]
+        return self.flatten(gradients) + scalar(self._damping, self.dtype) * vector
+
+
+def _unit(terms: Sequence[Term]) -> tf.Tensor | float:
+    """The largest coefficient, for outputs in float16, where small ones are none."""
+    if all(term.outputs.dtype != tf.float16 for term in terms):
+        return 1.0
+    largest = tf.reduce_max([tf.cast(tf.reduce_max(t.coefficients()), "float32") for t in terms])
+    return tf.where(largest > 0, largest, 1)
 
 
 def check_draws(draws: int) -> None:

@@ -12,7 +12,7 @@ from keras_kfac.introspection.losses import Term
 from keras_kfac.introspection.target_curvature import unknown_likelihood
 from keras_kfac.math import spectra
 from keras_kfac.math.likelihood import Likelihood, OutputCurvature
-from keras_kfac.math.linalg import scalar, with_rank
+from keras_kfac.math.linalg import scalar
 
 
 class FisherMatrix(CurvatureMatrix):
@@ -84,7 +84,7 @@ class FisherMatrix(CurvatureMatrix):
         """`c w F u` for each position of an output."""
         _, curvature = term.differentiable(term.outputs)
         seeds = [(0, index) for index in range(self._draws or 1)]
-        return _weighted(term, _mean_product(curvature, outputs, direction, seeds))
+        return self._weighted(term, _mean_product(curvature, outputs, direction, seeds))
 
     def natural_gradient(
         self, gradients: Sequence[Any], tolerance: float = 1e-5, max_iterations: int = 100
@@ -217,8 +217,8 @@ class GaussNewtonMatrix(CurvatureMatrix):
         """The derivative of the gradient, by the outputs, along the direction."""
         seen, curvature = term.differentiable(term.outputs)
         if seen is not term.outputs:  # Logits, of which the Fisher matrix is the Hessian.
-            return _weighted(term, _mean_product(curvature, outputs, direction, [(0, 0)]))
-        coefficients = term.coefficients()
+            return self._weighted(term, _mean_product(curvature, outputs, direction, [(0, 0)]))
+        coefficients = self._coefficients(term)
         with tf.GradientTape() as outer:
             outer.watch(outputs)
             with tf.GradientTape() as inner:
@@ -226,6 +226,7 @@ class GaussNewtonMatrix(CurvatureMatrix):
                 values = term.values(outputs)
                 total = tf.reduce_sum(values * tf.cast(coefficients, values.dtype))
             gradient = inner.gradient(total, outputs, unconnected_gradients="zero")
+            gradient = tf.convert_to_tensor(gradient)  # Of a loss that gathers, it is some rows.
             slope = tf.reduce_sum(gradient * tf.stop_gradient(direction))
         return outer.gradient(slope, outputs, unconnected_gradients="zero")
 
@@ -272,13 +273,6 @@ def _mean_product(
         return product(tf.constant(seeds[0]))
     each = tf.map_fn(product, tf.constant(seeds), fn_output_signature=direction.dtype)
     return tf.reduce_mean(each, axis=0)
-
-
-def _weighted(term: Term, vector: tf.Tensor) -> tf.Tensor:
-    """With what the positions count in the loss."""
-    # Derivatives in forward mode may have lost their shape.
-    coefficients = tf.cast(term.coefficients(), vector.dtype)
-    return vector * with_rank(coefficients, term.outputs.shape.rank)
 
 
 def _closed_divergence(old: Any, new: Any, index: int) -> tf.Tensor:

@@ -19,8 +19,8 @@ from keras_kfac.block_normal import BlockNormal, draws
 from keras_kfac.callbacks import kfac_of
 from keras_kfac.curvature.block import KroneckerBlock
 from keras_kfac.curvature.regularization import l2_coefficient
+from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.data_likelihood import loss_scale
-from keras_kfac.introspection.statistics import Fisher
 from keras_kfac.math.eigenbasis_normal import EigenbasisNormal
 from keras_kfac.math.linalg import is_finite, scalar
 from keras_kfac.optimizer import KFAC
@@ -67,7 +67,7 @@ class WeightNoise(keras.callbacks.Callback):
             decay, several outputs, a loss that is no likelihood or no mean over examples, weights
             without an L2 regulariser in common, or constrained; `fisher="forward_only"`; or a
             `curvature` that keeps no Fisher matrix (`"inverse_free"`, `"tridiagonal"`,
-            `"linear_exact"`).
+            `"linear_exact"`, `"dense"` of more than 4096 weights); or outputs with a mask.
 
     Example:
     >>> x = np.random.default_rng(0).normal(size=(32, 2))
@@ -112,7 +112,9 @@ class WeightNoise(keras.callbacks.Callback):
         # The model may have trained in other ways since.
         self._noise.renew(in_any_case=self._is_first)
         self._is_first = False
-        applied = partial(self._noise.applied, _TRAINING, self._optimizer.batches_seen)
+        micro_steps = self._optimizer.gradient_accumulation_steps or 1
+        index = micro_steps * self._optimizer.batches_seen + batch % micro_steps
+        applied = partial(self._noise.applied, _TRAINING, index)
         _keras_internals.around_next_batch(self.model, applied)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -165,6 +167,11 @@ class _Noise:
         self._blocks = found.curvature.blocks
         self._adapters = [block.adapter for block in self._blocks]
         self._variables = [v for adapter in self._adapters for v in adapter.variables]
+        if found.has_masks:
+            raise ValueError(
+                "A loss that is a mean over positions without a mask has another scale in each "
+                "batch: there is no prior of it. Received: a model whose outputs have a mask"
+            )
         per_loss = given.training_examples / loss_scale(given.model, found.outputs)
         unit = 0.5 / per_loss  # The L2 regulariser that is a prior of precision 1.
         l2 = [_prior_coefficient(block, unit) for block in self._blocks]

@@ -213,6 +213,15 @@ def test_draws_at_the_edge_of_the_range_have_derivatives(name):
     assert error < 0.1 * np.abs(information).max()
 
 
+@pytest.mark.parametrize("concentration", [1e3, 1e6])
+def test_roots_of_large_concentrations_are_exact(concentration):
+    """In float32: of Gamma distributions, what is left of α is 1/2."""
+    likelihood = Likelihood(lambda o: tfd.Gamma(o[..., 0], tf.exp(o[..., 1])))
+    outputs = tf.constant([[concentration, 0.0]])
+    second = likelihood.root_column(outputs, 1).numpy()[0]
+    np.testing.assert_allclose(second, [0, 0.5**0.5], atol=1e-3)
+
+
 def test_what_does_not_depend_on_the_outputs_is_refused():
     constant = Likelihood(lambda f: tfd.Normal(tf.zeros_like(f[..., 0]), 1.0))
     outputs = tf.zeros([4, 2])

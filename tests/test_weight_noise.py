@@ -395,6 +395,19 @@ class TestMeans:
             check = helpers.assert_different if index % 2 else helpers.assert_same
             check(*pair)
 
+    def test_micro_batches_have_draws_of_their_own(self):
+        noise = fit(mlp(), optimizer=helpers.kfac(gradient_accumulation_steps=2))
+        known, found = noise._noise, []
+        applied = known.applied
+
+        def noted(purpose, index):
+            found.append(int(index))
+            return applied(purpose, index)
+
+        known.applied = noted
+        helpers.fit(noise.model, helpers.vectors(EXAMPLES), epochs=2, callbacks=[noise])
+        assert len(set(found)) == len(found) > 2
+
     def test_skipped_steps(self):
         """Batches that are not finite, and then with another draw."""
         model, watch = mlp(), Watch()
@@ -573,6 +586,14 @@ class TestRefusals:
         self.check(r"mean over examples. Received: reduction='sum'", loss=loss)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
         self.check(r"`ignore_class` have no part.*Received", loss=loss)
+
+    def test_masks(self):
+        body = [keras.layers.Masking(), regularised(layers.Dense, 2)]
+        model = keras.Sequential([keras.Input((5, 3)), *body])
+        helpers.compiled(model, helpers.kfac(), "mse")
+        x = RNG.normal(size=(EXAMPLES, 5, 3))
+        with pytest.raises(ValueError, match=r"another scale in each batch.* Received: a model"):
+            helpers.fit(model, (x, x[..., :2]), callbacks=[WeightNoise(EXAMPLES)])
 
 
 @pytest.mark.parametrize(

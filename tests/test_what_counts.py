@@ -188,6 +188,73 @@ class TestPositionsOfOtherLayers:
         thin = np.c_[x[:, :8:2, ::2].reshape(-1, 2), np.ones(128)]
         assert_close(first, thin.T @ thin / 128)
 
+    @pytest.mark.parametrize("size", [16, 17])
+    def test_pixels_between_those_that_are_taken_lend_them_their_weight(self, size):
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(4, size, size, 2)), rng.normal(size=(4, size, size, 1))
+        weights = np.zeros((4, size, size))
+        weights[:, 1::2, 1::2] = 1
+        layer = layers.Conv2D(1, 1, dtype="float64")
+        found = self.statistics(layer, x, y, weights, fisher="sampled")
+        taken = x[:, : size - size % 2 : 2, : size - size % 2 : 2].reshape(-1, 2)
+        thin = np.c_[taken, np.ones(len(taken))]
+        assert_close(found.input_factor, thin.T @ thin / len(thin))
+
+
+def test_rows_of_all_calls_count_alike():
+    """As those of one call of all of them: an example of few rows in one, and many in another."""
+    keras.utils.set_random_seed(0)
+    short, long = (keras.Input((steps, 4), dtype="float64") for steps in (2, 5))
+    layer = layers.Dense(2, dtype="float64")
+    each = layers.Concatenate(axis=1, dtype="float64")([layer(short), layer(long)])
+    twice = keras.Model([short, long], each)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3, 7, 4)), rng.normal(size=(3, 7, 2))
+    weights = np.array([[1.0, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 0], [0, 0, 3, 3, 3, 0, 0]])
+    parts = [x[:, :2], x[:, 2:]]
+    ((a, g),) = factors(twice, MSE(), parts, y, sample_weight=weights, layers=[layer])
+    once = keras.Sequential([keras.Input((7, 4), dtype="float64"), layer])
+    ((expected, whole),) = factors(once, MSE(), x, y, sample_weight=weights, layers=[layer])
+    assert_close(a, expected)
+    assert_close(g, whole)
+
+
+def test_examples_of_weight_zero_do_not_count_where_they_are_folded():
+    """Into an axis with something else: their rows are known by their gradients."""
+    keras.utils.set_random_seed(0)
+    layer = layers.Dense(3, dtype="float64")
+    inputs = keras.Input((5, 4), dtype="float64")
+    folded = layer(keras.ops.reshape(inputs, (-1, 4)))
+    outputs = layers.Dense(2, dtype="float64")(keras.ops.reshape(folded, (-1, 5, 3)))
+    model, rng = keras.Model(inputs, outputs), np.random.default_rng(0)
+    x, y = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 5, 2))
+    weights = np.array([[1.0], [0.0], [1.0]])
+    other = np.where(weights[..., None] > 0, x, 1e3)
+    each = [
+        factors(model, MSE(), inputs, y, sample_weight=weights, layers=[layer])[0].input_factor
+        for inputs in (x, other)
+    ]
+    assert_close(each[1], each[0], 1e-12)
+    rows = np.c_[x[[0, 2]].reshape(10, 4), np.ones(10)]
+    assert_close(each[0], rows.T @ rows / 10)
+
+
+def test_layers_that_know_the_size_of_the_batch():
+    """Behind a stateful layer it is known, in graphs for batches of any size."""
+    rng, found = np.random.default_rng(0), []
+    x, y = rng.normal(size=(320, 4, 3)), rng.normal(size=(320, 4, 2))
+    weights = np.tile([[1.0], [0.0]], (160, 1))
+    for inputs in (x, np.where(weights[..., None] > 0, x, x + 2)):
+        keras.utils.set_random_seed(0)
+        body = [layers.LSTM(3, stateful=True, return_sequences=True), layers.Dense(2)]
+        model = keras.Sequential([keras.Input((4, 3), batch_size=160), *body])
+        optimizer = helpers.kfac(learning_rate=0.0)
+        helpers.compiled(model, optimizer, keras.losses.MeanSquaredError())
+        helpers.fit(model, (inputs, y), batch_size=160, sample_weight=weights)
+        found.append(helpers.factors(optimizer))
+    for name, factor in found[0].items():
+        assert_close(found[1][name], factor, 1e-5)
+
 
 class TestRowsWithoutGradient:
     """Whether a row counts is not for a relu or a pooling layer to say."""

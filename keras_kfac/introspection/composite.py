@@ -163,8 +163,10 @@ class CrossAdapter(CompositeAdapter):
         return tf.reduce_any(each, axis=0)
 
     def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
-        """That of the first layer's first call."""
-        return self.parts[0].row_mask(rows, *observed[0][0])
+        """Which rows of the first layer are no padding in one of its calls."""
+        each = [self.parts[0].row_mask(rows, *seen) for seen in observed[0]]
+        masks = [mask for mask in each if mask is not None]
+        return tf.reduce_max(masks, axis=0) if masks and len(masks) == len(each) else None
 
     def output_factor(self, gradients: Any, *observed: Any) -> tf.Tensor:
         """The moment of the output gradients of both."""

@@ -61,10 +61,8 @@ class ConvAdapter(AffineAdapter):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The second moment of the input rows, and its weight."""
         if self._skip > 1 and example_weights is not None and example_weights.shape.rank == 2:
-            sizes = self._sizes(inputs)
-            grid = tf.reshape(example_weights, [-1, *sizes])
-            some = grid[(slice(None), *[slice(None, None, self._skip)] * len(sizes))]
-            example_weights = tf.reshape(some, [-1, math.prod(some.shape[1:])])
+            # Of each pixel that is taken, the mean weight of those that it stands for.
+            example_weights = patches.cell_means(example_weights, self._sizes(inputs), self._skip)
         return super().input_moment(inputs, example_weights, dtype, *observed)
 
     def _sizes(self, inputs: tf.Tensor) -> tuple[Any, ...]:

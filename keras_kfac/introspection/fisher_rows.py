@@ -51,9 +51,10 @@ def fisher_rows(
         if not called:
             continue
         item = ScoredPass.of(forward_pass, called, WHOLE, own_seed, dtype)
+        root = tf.sqrt(tf.cast(item.unit, dtype))
         for backward in backward_passes(item, fisher, samples, own_seed):
             for adapter, rows in zip(called, _rows(item, called, backward, dtype)):
-                found[id(adapter)].append(rows * tf.sqrt(tf.cast(item.unit, dtype)))
+                found[id(adapter)].append(root * rows)
     none = {id(adapter): tf.zeros([1, adapter.dims[1]], dtype) for adapter in adapters}
     return {key: tf.concat(rows or [none[key]], axis=0) for key, rows in found.items()}
 

@@ -52,7 +52,6 @@ class ForwardPass:
         terms: The same, understood: what the step goes by.
         added: Losses that layers added, which count in the same total.
         replay: Runs the same forward pass again.
-        has_unknown_batch: Whether the number of examples is not known before it runs.
     """
 
     def __init__(self) -> None:
@@ -64,9 +63,17 @@ class ForwardPass:
         self.terms: list[Term] = []
         self.added: list[AddedLoss] = []
         self.replay: Replay | None = None
-        self.has_unknown_batch = False
         self.tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
         self._graph = _keras_internals.current_graph()
+
+    @property
+    def has_unknown_batch(self) -> bool:
+        """Whether the number of examples is not known before the pass runs.
+
+        By the outputs: on the way, a layer for batches of one size may have told it.
+        """
+        shapes = [output.shape for output in tf.nest.flatten(self.outputs)]
+        return all(shape.rank and shape[0] is None for shape in shapes)
 
     def is_usable(self) -> bool:
         """Whether the recorded tensors belong to the computation under way."""

@@ -9,7 +9,6 @@ from keras_kfac.introspection.adapters import LayerAdapter
 from keras_kfac.introspection.batch_part import BatchPart, places_of, whole_over_part
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import Term
-from keras_kfac.math import factors
 from keras_kfac.math.linalg import with_rank
 
 Placed = dict[int, dict[Any, Any]]
@@ -198,11 +197,11 @@ class ScoredPass(NamedTuple):
                 gradients.append(self.forward_pass.output_gradients(layers, outputs, vector))
             for adapter in adapters:
                 calls = self._counting(adapter, gradients, dtype)
-                weights = _spread(self.weights[index], calls)
                 mine = found.setdefault(id(adapter), {})
-                for place, own, each in zip(self.observed[id(adapter)], calls, weights):
-                    total = factors.row_weights(each, own.rows)
-                    mine[place] = mine[place] + total if place in mine else total
+                for place, own in zip(
+                    self.observed[id(adapter)], _weights(self.weights[index], calls)
+                ):
+                    mine[place] = mine[place] + own if place in mine else own
         return found
 
     def _counting(
@@ -224,11 +223,12 @@ class ScoredPass(NamedTuple):
                 tf.reduce_sum(tf.cast(rows, dtype), axis=1, keepdims=True)
                 for rows in (is_alive, is_alive & counts)
             )
-            share = tf.where(alive > 0, tf.math.divide_no_nan(counted, alive), 1)
-            # None do of a layer that the term does not depend on.
-            share *= tf.cast(tf.reduce_any(counts), dtype)
+            has_batch = self._has_batch(tf.nest.flatten(arrived)[0])
+            # None do of a layer that the term does not depend on, and none that stand alone.
+            otherwise = tf.cast(has_batch & tf.reduce_any(counts), dtype)
+            share = tf.where(alive > 0, tf.math.divide_no_nan(counted, alive), otherwise)
             rows = tf.where(is_alive, tf.cast(counts, dtype), share) * tf.cast(is_real, dtype)
-            calls.append(_Counting(rows, self._has_batch(tf.nest.flatten(arrived)[0])))
+            calls.append(_Counting(rows, has_batch))
         return calls
 
 
@@ -244,27 +244,26 @@ class _Counting(NamedTuple):
     has_batch: tf.Tensor
 
     def of_examples(self, count: tf.Tensor) -> tf.Tensor:
-        """Which of so many examples count; all do where rows are none of theirs."""
-        counts = self.rows > 0
-        return self._aligned(tf.reduce_any(counts, axis=1), count, tf.reduce_any(counts))
+        """How many rows of each of so many examples count; 0 where rows are none of theirs."""
+        return self._aligned(tf.reduce_sum(self.rows, axis=1), count, tf.zeros((), self.rows.dtype))
 
-    def weights(self, of_examples: tf.Tensor) -> tf.Tensor:
-        """Of examples; their sum where rows are something else, over all."""
-        count = tf.shape(self.rows)[0]
-        mean = tf.reduce_sum(of_examples) / tf.cast(count, of_examples.dtype)
-        return self._aligned(of_examples, count, mean)
+    def weighted(self, of_examples: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
+        """The rows, by factors of their examples; where they are others, such that all count."""
+        number, positions = tf.unstack(tf.shape(self.rows))
+        total = tf.reduce_sum(self.rows, axis=1)
+        alike = tf.math.divide_no_nan(mean * tf.cast(positions, mean.dtype), total)
+        return self._aligned(of_examples, number, alike)[:, tf.newaxis] * self.rows
 
     def _aligned(self, values: tf.Tensor, count: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-        """Values for so many rows or examples, one for all where the two don't belong together."""
+        """Values for so many rows or examples, others where the two don't belong together."""
         places = tf.minimum(tf.range(count), tf.shape(values)[0] - 1)
         return tf.where(self.has_batch, tf.gather(values, places), other)
 
 
-def _spread(weights: tf.Tensor, calls: Sequence[_Counting]) -> list[tf.Tensor]:
-    """Weights of examples for each call, on average over calls as given."""
-    if len(calls) > 1:
-        count = tf.shape(weights)[0]
-        each = [tf.cast(call.of_examples(count), weights.dtype) for call in calls]
-        mean = tf.add_n(each) / len(calls)
-        weights = tf.math.divide_no_nan(weights, mean)
-    return [call.weights(weights) for call in calls]
+def _weights(weights: tf.Tensor, calls: Sequence[_Counting]) -> list[tf.Tensor]:
+    """What the rows of each call count: on average over those of an example, what that does."""
+    count, dtype = tf.shape(weights)[0], weights.dtype
+    counted = tf.add_n([call.of_examples(count) for call in calls])
+    positions = tf.add_n([tf.shape(call.rows)[1] for call in calls])
+    factors = tf.math.divide_no_nan(weights * tf.cast(positions, dtype), counted)
+    return [call.weighted(factors, tf.reduce_mean(weights)) for call in calls]

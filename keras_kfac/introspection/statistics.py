@@ -138,7 +138,8 @@ def _output_factors(
     for backward in backward_passes(item, fisher, samples, seed):
         for adapter, own in zip(adapters, _of_passes(item, adapters, backward, dtype)):
             totals[id(adapter)] += own
-    return {key: total * item.unit for key, total in totals.items()}
+    unit = tf.cast(item.unit, dtype)
+    return {key: total * unit for key, total in totals.items()}
 
 
 def _of_passes(

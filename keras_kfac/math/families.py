@@ -73,16 +73,13 @@ def _student(df: tf.Tensor, loc: tf.Tensor, scale: tf.Tensor) -> Rows:
     ]
 
 
-def _von_mises(loc: tf.Tensor, concentration: tf.Tensor) -> Rows:
-    kappa = tf.cast(concentration, tf.float64)  # What follows is a small difference.
+def _von_mises(loc: tf.Tensor, kappa: tf.Tensor) -> Rows:
     resultant = tf.math.bessel_i1e(kappa) / tf.math.bessel_i0e(kappa)
     # At 0 the quotient is 1/2 in the limit.
     quotient = tf.where(kappa > 0, tf.math.divide_no_nan(resultant, kappa), 0.5)
     of_kappa = 1 - resultant**2 - quotient
     series = tf.math.divide_no_nan(2 * kappa + 1, 4 * kappa**3)
-    of_kappa = tf.where(kappa > 1e4, series, of_kappa)
-    dtype = concentration.dtype
-    return [[tf.cast(kappa * resultant, dtype)], [0.0, tf.cast(of_kappa, dtype)]]
+    return [[kappa * resultant], [0.0, tf.where(kappa > 1e4, series, of_kappa)]]
 
 
 def _with_edges(form: Form) -> Form:

@@ -104,10 +104,10 @@ class Scalars(Form):
 
     def product(self, parameters: Parameters, u: Tangents, v: Tangents) -> tf.Tensor:
         """`uᵀ I v`."""
-        rows = self._information(*parameters)
+        rows, dtype = self._rows(parameters), parameters[0].dtype
         result = tf.zeros_like(parameters[0])
         for i, row in enumerate(rows):
-            for j, entry in enumerate(row):
+            for j, entry in enumerate(tf.cast(e, dtype) for e in row):
                 for k, n in {(i, j), (j, i)}:
                     if u[k] is not None and v[n] is not None:
                         result += entry * u[k] * v[n]
@@ -121,13 +121,19 @@ class Scalars(Form):
         self, parameters: Parameters, varies: Sequence[bool], z: tf.Tensor
     ) -> Tangents:
         """By the Cholesky factor of the part of `I` that counts."""
-        rows = self._information(*parameters)
+        rows, dtype = self._rows(parameters), parameters[0].dtype
         kept = [i for i in range(len(rows)) if varies[i]]
-        one = tf.ones_like(parameters[0])
+        one = tf.ones_like(parameters[0], tf.float64)
         root = cholesky([[rows[i][j] * one for j in kept if j <= i] for i in kept])
         parts = tf.unstack(z, axis=-1)
-        values = {i: sum(a * b for a, b in zip(row, parts)) for i, row in zip(kept, root)}
+        values = {
+            i: sum(tf.cast(a, dtype) * b for a, b in zip(row, parts)) for i, row in zip(kept, root)
+        }
         return tuple(values.get(i) for i in range(len(parameters)))
+
+    def _rows(self, parameters: Parameters) -> list[list[Any]]:
+        """In float64: entries can be small differences, and the root of large ones."""
+        return self._information(*(tf.cast(p, tf.float64) for p in parameters))
 
 
 def cholesky(rows: list[list[tf.Tensor]]) -> list[list[tf.Tensor]]:
@@ -192,10 +198,10 @@ class Concentrations(Form):
         self, parameters: Parameters, varies: Sequence[bool], z: tf.Tensor
     ) -> Tangents:
         """By the Cholesky factor."""
-        (alpha,) = parameters
+        alpha = tf.cast(parameters[0], tf.float64)
         common = trigamma(tf.reduce_sum(alpha, axis=-1, keepdims=True))[..., tf.newaxis]
         root = tf.linalg.cholesky(tf.linalg.diag(trigamma(alpha)) - common)
-        return (tf.linalg.matvec(root, z),)
+        return (tf.linalg.matvec(tf.cast(root, z.dtype), z),)
 
 
 class Gaussian(Form):

@@ -63,6 +63,34 @@ def extract(
     return tf.reshape(patches, [batch, -1, width])
 
 
+def cell_means(rows: tf.Tensor, sizes: Sequence[int], skip: int) -> tf.Tensor:
+    """Means of values of pixels over cells, of which `extract` takes the first patch of each.
+
+    Args:
+        rows: `[batch, positions]`, one position for each pixel, the last dimension fastest.
+        sizes: Of the image, in pixels.
+        skip: As for `extract`: of the cells.
+
+    Returns:
+        `[batch, cells]`; over what a cell at the border has of pixels.
+
+    Example:
+    >>> cell_means(tf.constant([[0.0, 2.0, 0.0, 6.0, 1.0]]), [5], 2).numpy().tolist()
+    [[1.0, 3.0, 1.0]]
+    """
+    counts = [-(-size // skip) for size in sizes]
+    cells = [number for count in counts for number in (count, skip)]
+
+    def sums(values: tf.Tensor) -> tf.Tensor:
+        grid = tf.reshape(values, [-1, *sizes])
+        whole = tf.pad(grid, [[0, 0], *([0, -size % skip] for size in sizes)])
+        parts = tf.reshape(whole, [-1, *cells])
+        total = tf.reduce_sum(parts, axis=[2 * (i + 1) for i in range(len(sizes))])
+        return tf.reshape(total, [-1, math.prod(counts)])
+
+    return sums(rows) / sums(tf.ones([1, math.prod(sizes)], rows.dtype))
+
+
 def _pads(
     images: tf.Tensor,
     window: Sequence[int],
