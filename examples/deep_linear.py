@@ -131,6 +131,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     curves: dict[tuple[float, str], np.ndarray] = {}
     for condition in CONDITIONS:
         of = data(condition, args.seed)

@@ -186,7 +186,7 @@ class GaussNewtonMatrix(CurvatureMatrix):
 
     Example:
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
-    >>> model.compile("sgd", "logcosh")  # Its second derivative is 1 / cosh² of the distance.
+    >>> model.compile("sgd", "log_cosh")  # Its second derivative is 1 / cosh² of the distance.
     >>> far, near = model(np.ones((1, 1))) + np.array([[20.0], [0.0]])
     >>> [GaussNewtonMatrix(model, np.ones((1, 1)), y[None]).to_dense().numpy().round(3).item()
     ...  for y in (far, near)]

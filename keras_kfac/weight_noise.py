@@ -95,6 +95,7 @@ class WeightNoise(keras.callbacks.Callback):
         self.temperature = validation.check_finite_positive("temperature", temperature)
         self.seed = validation.check_count("seed", seed)
         self._noise: _Noise | None = None
+        self._batches = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Checks that there can be noise."""
@@ -113,7 +114,8 @@ class WeightNoise(keras.callbacks.Callback):
         self._noise.renew(in_any_case=self._is_first)
         self._is_first = False
         micro_steps = self._optimizer.gradient_accumulation_steps or 1
-        index = micro_steps * self._optimizer.batches_seen + batch % micro_steps
+        index = micro_steps * self._optimizer.batches_seen + self._batches % micro_steps
+        self._batches += 1
         applied = partial(self._noise.applied, _TRAINING, index)
         _keras_internals.around_next_batch(self.model, applied)
 

@@ -4,9 +4,10 @@ import importlib
 import sys
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
+
+from tests import helpers
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -25,10 +26,8 @@ def example():
 
 @pytest.fixture(autouse=True)
 def double():
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    yield
-    keras.config.set_floatx(before)
+    with helpers.precision("float64"):
+        yield
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e4])

@@ -72,7 +72,7 @@ def test_padded_batch_equals_the_sequences_one_by_one(name):
             assert relative_difference(other.input_factor, padded.input_factor) > 0.01
 
 
-@pytest.mark.parametrize("name", ["dense", "lstm", "multi-head"])
+@pytest.mark.parametrize("name", ["lstm", "multi-head"])
 def test_in_graphs_of_unknown_size(name):
     """As `fit` has them."""
     model, loss = network(name), LOSS["mse"].make()

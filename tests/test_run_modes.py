@@ -173,6 +173,8 @@ SLOW = (
     "diagonal_jit",
     "full_jit",
     "dense_jit",
+    "ekfac_jit",
+    "adaptive_jit",  # Compared with the same mode without XLA further down.
 )
 
 

@@ -330,7 +330,11 @@ class TestTraining:
 
     @pytest.mark.parametrize(
         ("fisher", "policy"),
-        [("sampled", "float32"), ("exact", "mixed_float16"), ("empirical", "mixed_bfloat16")],
+        [
+            ("sampled", "float32"),
+            pytest.param("exact", "mixed_float16", marks=pytest.mark.slow),
+            ("empirical", "mixed_bfloat16"),
+        ],
     )
     def test_learns(self, fisher, policy):
         optimizer = helpers.kfac(curvature="dense", fisher=fisher, **helpers.ADAPTIVE)
@@ -427,6 +431,7 @@ def test_large_models_keep_no_matrix():
     assert {row.reason for row in small.optimizer.coverage()} == {""}
 
 
+@pytest.mark.slow
 def test_reaches_what_first_order_methods_do_not():
     """A function of one variable at 64 points, 4,353 weights: 60 steps to 1e-10, and to 0.16."""
     x = np.linspace(-1, 1, 64)[:, np.newaxis]

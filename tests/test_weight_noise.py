@@ -297,7 +297,11 @@ class TestMeans:
         for weights in [*vars(model)["testing"], *watch.seen, helpers.weights(model)]:
             helpers.assert_same(weights, means)
 
-    @pytest.mark.parametrize("compiled", [{}, {"jit_compile": True}], ids=str)
+    @pytest.mark.parametrize(
+        "compiled",
+        [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow)],
+        ids=str,
+    )
     def test_in_graphs(self, compiled, tmp_path):
         """Saved in the midst of training, too, and whatever the order of the callbacks."""
         model = mlp()
