@@ -37,9 +37,14 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
         likelihood: As for `KFAC`.
         parameters: What the subclass was made with.
 
+    Attributes:
+        goes_by_likelihood: Whether what `KFAC(likelihood=...)` says of a loss counts, or the loss.
+
     Raises:
         ValueError: If the model has no loss.
     """
+
+    goes_by_likelihood = True
 
     def __init__(
         self,
@@ -64,7 +69,9 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
         x = tf.nest.map_structure(tf.convert_to_tensor, x)
         self._replay = Replay(model, (x,), {"training": training})
         outputs = self._replay.outputs({})
-        given = given_likelihoods(model, likelihood, outputs)
+        given: list[Likelihood | None] = [None] * len(tf.nest.flatten(outputs))
+        if self.goes_by_likelihood:
+            given = given_likelihoods(model, likelihood, outputs)
         with self._replay.scope({}):  # Metrics of single outputs stay as they are, too.
             self._terms = _terms(model, x, y, outputs, sample_weight, given)
         for term in self._terms:

@@ -196,6 +196,8 @@ class GaussNewtonMatrix(CurvatureMatrix):
     descent"; Martens (2020), sections 6 and 9.
     """
 
+    goes_by_likelihood = False
+
     def __init__(
         self,
         model: keras.Model,
@@ -219,6 +221,7 @@ class GaussNewtonMatrix(CurvatureMatrix):
         if seen is not term.outputs:  # Logits, of which the Fisher matrix is the Hessian.
             return self._weighted(term, _mean_product(curvature, outputs, direction, [(0, 0)]))
         coefficients = self._coefficients(term)
+        outputs = tf.identity(outputs)  # Keras would look through a softmax for its logits.
         with tf.GradientTape() as outer:
             outer.watch(outputs)
             with tf.GradientTape() as inner:

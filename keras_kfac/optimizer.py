@@ -254,9 +254,10 @@ class KFAC(SteppingOptimizer):
                 _outside_graphs(lambda: self.build(trainable_variables))
         passes = attachment.take_passes()
         # What is unknown raises here, and not in a branch of the step or at some later one.
-        is_compiled = attachment.is_compiled and self.fisher == Fisher.SAMPLED
+        draws = self.fisher == Fisher.SAMPLED or self.can_adapt
+        compiles = attachment.is_compiled and draws
         for term in (term for forward_pass in passes for term in forward_pass.terms):
-            term.check(self._damping_rule is not None, compiles_draws=is_compiled)
+            term.check(self._damping_rule is not None, compiles_draws=compiles)
         built = _outside_graphs(lambda: self._build_curvature(passes))
 
         is_burning_in = self._is_burning_in()

@@ -341,6 +341,36 @@ class TestGaussNewtonMatrix:
             other = FisherMatrix(model, x, y, weights).to_dense()
             assert np.abs(other - expected).max() > 0.01 * np.abs(expected).max()
 
+    @pytest.mark.parametrize("name", ["own", "focal"])
+    def test_does_not_look_through_activations(self, name):
+        """Keras does, in cross-entropies of a softmax's or a sigmoid's outputs."""
+
+        def own(y_true, y_pred):
+            return 3 * keras.losses.categorical_crossentropy(y_true, y_pred)
+
+        loss = own if name == "own" else keras.losses.BinaryFocalCrossentropy(dtype="float64")
+        model = mlp((4, 3, 3), head=LOSS["cce-softmax" if name == "own" else "bce-sigmoid"])
+        model.compile("sgd", loss)
+        x, y = RNG.normal(size=(5, 4)), np.eye(3)[RNG.integers(0, 3, 5)]
+
+        def hidden(x, training):
+            return tf.identity(model(x, training=training))
+
+        keras_loss = loss if name == "focal" else lambda y, p, **_: tf.reduce_mean(own(y, p))
+        expected = dense_ggn(hidden, keras_loss, x, y, model.trainable_variables)
+        assert_close(GaussNewtonMatrix(model, x, y).to_dense(), expected, 1e-6)
+
+    def test_is_that_of_the_loss_whatever_the_optimizer_goes_by(self):
+        model = mlp((4, 3, 3), head=LOSS["cce-softmax"])
+        x, y = RNG.normal(size=(5, 4)), np.eye(3)[RNG.integers(0, 3, 5)]
+        found = []
+        for optimizer in ("sgd", KFAC(likelihood=keras.losses.CategoricalCrossentropy())):
+            model.compile(optimizer, FOCAL(dtype="float64"))
+            found.append(GaussNewtonMatrix(model, x, y).to_dense())
+        assert_close(*found)
+        other = FisherMatrix(model, x, y).to_dense().numpy()
+        assert np.abs(other - found[0]).max() > 0.01 * np.abs(other).max()
+
     def test_of_several_outputs(self):
         names = ["classes", "numbers"]
         with helpers.precision("float64"):

@@ -45,6 +45,31 @@ def bits():
     return RNG.integers(0, 2, (6, WIDTH)).astype(float)
 
 
+def test_squared_hinge_of_squeezed_outputs_trains():
+    """Keras drops the last axis of outputs `[N, T, 1]`: one value for an example."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4, 3))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    x = np.random.default_rng(0).normal(size=(32, 4, 3))
+    helpers.compiled(model, KFAC(), losses.SquaredHinge())
+    history = helpers.fit(model, (x, np.sign(x[..., 0])), epochs=10).history["loss"]
+    assert history[-1] < 0.5 * history[0]
+
+
+def test_weights_of_single_outputs_are_refused():
+    model = mlp((4, 3))
+    model.compile(KFAC(likelihood="mse").attach(model), lambda y, p: (y - p) ** 2)
+    x, y = RNG.normal(size=(6, 4)), RNG.normal(size=(6, 3))
+    with pytest.raises(ValueError, match=r"not for single features.*Received: weights of shape"):
+        model.train_on_batch(x, y, np.ones((6, 3)))
+
+
+def test_ignored_classes_are_for_losses_only():
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    with pytest.raises(ValueError, match=r"not which targets count.*Received.*ignore_class=0"):
+        KFAC(likelihood=loss)
+
+
 def middle(threshold):
     """The probability that a draw is nearer than the threshold, by a sum."""
     z = (np.arange(-600_000, 600_000) + 0.5) * 1e-4

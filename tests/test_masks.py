@@ -98,6 +98,34 @@ def test_every_sequence_counts_the_same_where_the_loss_pools(name):
         assert_close(padded.output_factor, alone[1], 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 4), (4,)], ids=["images", "examples"])
+def test_masks_may_have_other_axes(shape):
+    """An entry for each pixel, or for each example: what they hide has no part."""
+    rng = np.random.default_rng(0)
+    dense = layers.Dense(2, **FLOAT)
+    body = [keras.Input(shape, dtype="float64"), layers.Masking(**FLOAT), dense]
+    x = rng.normal(size=(6, *shape))
+    counts = rng.random(size=x.shape[:-1]) < 0.6
+    x *= counts[..., np.newaxis]
+    model, loss = keras.Sequential(body), LOSS["mse"].make()
+    ((a, _),) = factors(model, loss, x, layers=[dense])
+    rows = np.c_[x[counts], np.ones(counts.sum())]
+    assert_close(a, rows.T @ rows / len(rows))
+
+
+def test_masks_of_single_steps():
+    """Keras hands a model within `TimeDistributed` an entry for each example."""
+    dense = layers.Dense(2, **FLOAT)
+    inner = keras.Sequential([keras.Input((4,), dtype="float64"), dense])
+    body = [layers.Masking(**FLOAT), layers.TimeDistributed(inner, **FLOAT)]
+    model = keras.Sequential([keras.Input((5, 4), dtype="float64"), *body])
+    x = np.random.default_rng(0).normal(size=(6, 5, 4))
+    x[:3, 3:] = 0
+    ((a, g),) = factors(model, LOSS["mse"].make(), x, layers=[dense])
+    assert np.isfinite(a).all() and np.isfinite(g).all()
+    assert float(a[-1, -1]) == pytest.approx(1) and np.trace(g) > 0
+
+
 def test_an_example_that_is_masked_whole_counts_for_nothing():
     mask = tf.constant([[1.0, 0.0], [0.0, 0.0]])
     rows = tf.constant([[[1.0], [np.nan]], [[np.nan], [np.inf]]])

@@ -185,6 +185,12 @@ def as_likelihood(given: Any) -> Likelihood:
     """
     if not isinstance(given, (str, keras.losses.Loss)) and given not in _FUNCTIONS:
         return Likelihood(given)
+    if getattr(given, "ignore_class", None) is not None:
+        raise ValueError(
+            "`likelihood` says what is predicted, not which targets count: leave classes out by "
+            f"the loss itself, or by sample weights. Received: likelihood={given!r} with "
+            f"ignore_class={given.ignore_class}"
+        )
     try:
         _, likelihood = known(as_loss(given))
     except ValueError:

@@ -88,6 +88,10 @@ class Term:
             other = "fisher='sampled' and a float as `damping`"
             if self.likelihood is None:
                 other = f"KFAC(likelihood=...), as none is known for {self.score.loss!r}"
+            elif self._ignores:
+                other = (
+                    "sample weights of 0 for what is to be ignored: `ignore_class` needs targets"
+                )
             raise RuntimeError(
                 "The empirical Fisher and adaptive damping need the training targets, which K-FAC "
                 "sees in `model.compute_loss` only. In a custom training loop compute the loss by "
@@ -179,12 +183,24 @@ class Term:
         values = tf.zeros_like(self._own_values(), dtype=loss.dtype)
         if sample_weight is not None:
             _check_shape(sample_weight.shape, values.shape)
+            self._check_positions(sample_weight.shape)
         with tf.GradientTape() as tape:
             tape.watch(values)
             total = _Reduction(values, loss, self.reduction)(outputs, outputs, sample_weight)
         # Without a reduction both have an entry for each value, of a shape of Keras's own.
         weight = tf.broadcast_to(scalar(self.score.weight, total.dtype), tf.shape(total))
         return tape.gradient(total, values, output_gradients=weight)
+
+    def _check_positions(self, weights: tf.TensorShape) -> None:
+        """Refuses weights of single outputs, where the likelihood is that of all of a position."""
+        positions = max(self.outputs.shape.rank - 1, 1)
+        if self.likelihood is not None and any(size != 1 for size in weights[positions:]):
+            raise ValueError(
+                "With a likelihood, sample weights are for examples or positions of the outputs "
+                "(batch, ..., features), not for single features: K-FAC can't tell what each "
+                f"counts. Received: weights of shape {weights} for outputs of shape "
+                f"{self.outputs.shape}"
+            )
 
     def values(self, outputs: tf.Tensor) -> tf.Tensor:
         """The loss at each position if the outputs were these.

@@ -105,9 +105,11 @@ class TargetHessian(OutputCurvature):
         self, outputs: tf.Tensor, directions: Sequence[tf.Tensor], seed: tf.Tensor
     ) -> Products:
         """Exact."""
-        root = self._root(outputs)
+        root, rank = self._root(outputs), self.values(outputs).shape.rank
         along = [root * direction for direction in directions]
-        return {pair: tf.reduce_sum(p, axis=-1) for pair, p in products_of(along).items()}
+        # Keras drops the last axis of outputs for targets without it: then values have one less.
+        axes = list(range(rank, root.shape.rank))
+        return {pair: tf.reduce_sum(p, axis=axes) for pair, p in products_of(along).items()}
 
     def _root(self, outputs: tf.Tensor) -> tf.Tensor:
         outputs = tf.stop_gradient(outputs)

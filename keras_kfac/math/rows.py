@@ -45,8 +45,21 @@ def of_examples(weights: tf.Tensor | None) -> tf.Tensor | None:
 
 
 def stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """A mask for steps that consist of several positions each: `[batch, positions]`."""
-    return tf.repeat(mask, tf.shape(rows)[-2] // tf.shape(mask)[1], axis=1)
+    """A mask for examples, for steps of several positions each, or for all positions.
+
+    Args:
+        mask: `[batch]`, `[batch, steps]`, or more axes of positions.
+        rows: `[..., batch, positions, d]`.
+
+    Returns:
+        `[batch, positions]`.
+
+    Example:
+    >>> stretched(tf.constant([[1, 0]]), tf.zeros([1, 4, 3])).numpy().tolist()
+    [[1, 1, 0, 0]]
+    """
+    flat = tf.reshape(mask, [tf.shape(mask)[0], -1])
+    return tf.repeat(flat, tf.shape(rows)[-2] // tf.shape(flat)[1], axis=1)
 
 
 def rows_of_positions(tensor: tf.Tensor) -> tf.Tensor:
