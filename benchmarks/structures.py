@@ -5,7 +5,8 @@
 `KFAC(curvature=...)` without another setting, each structure from the same weights on the same
 batches of the problems of `problems.py`. Evaluation and the first two steps, which trace and
 compile, are not counted. Every curve is written to a JSON file with the environment; `--report`
-prints the table in docs/curvature.md; `--problem` measures some again and keeps the others.
+prints the table in docs/curvature.md; `--problem` and `--seeds` measure some again and keep the
+others.
 """
 
 import json
@@ -79,9 +80,10 @@ def main() -> None:
     if not args.report:
         data = load(args)
         for name in (n for n in PROBLEMS if args.problem in n):
-            result["environments"][name] = environment()
-            result["runs"] = [r for r in result["runs"] if r["problem"] != name]
             for seed in args.seeds:
+                result["environments"][f"{name}, seed {seed}"] = environment()
+                others = (r for r in result["runs"] if (r["problem"], r["seed"]) != (name, seed))
+                result["runs"] = list(others)
                 for curvature in STRUCTURES:
                     if curvature == "tridiagonal" and "transformer" in name:
                         continue  # No chain.

@@ -6,7 +6,7 @@ from keras_kfac.callbacks import KFACCallback
 from keras_kfac.curvature.coverage import Coverage, CoverageRow
 from keras_kfac.damping import LevenbergMarquardt
 from keras_kfac.fisher_matrix import FisherMatrix, GaussNewtonMatrix
-from keras_kfac.introspection.adapters import AffineAdapter
+from keras_kfac.introspection.affine import AffineAdapter
 from keras_kfac.introspection.negative_log_likelihood import NegativeLogLikelihood
 from keras_kfac.introspection.per_example import PerExampleAdapter, RawWeightsAdapter
 from keras_kfac.introspection.registry import register

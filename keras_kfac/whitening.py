@@ -11,7 +11,8 @@ import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals, validation
-from keras_kfac.introspection.adapters import AffineAdapter, layer_path
+from keras_kfac.introspection.adapters import layer_path
+from keras_kfac.introspection.affine import AffineAdapter
 from keras_kfac.introspection.forward_pass import LayerCall, recording
 from keras_kfac.introspection.readers import affine_readers
 from keras_kfac.math.linalg import is_finite

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kfac import KFAC
-from keras_kfac.introspection.adapters import DenseAdapter
+from keras_kfac.introspection.affine import DenseAdapter
 from keras_kfac.math import linalg
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse, relative_change
 from tests import helpers

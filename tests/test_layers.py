@@ -11,7 +11,7 @@ from keras_kfac import KFAC, RawWeightsAdapter, _keras_internals, register
 from keras_kfac.curvature.choice import STRUCTURES
 from keras_kfac.curvature.coverage import Coverage
 from keras_kfac.introspection import adapters, forward_pass, per_example, registry
-from keras_kfac.introspection.adapters import DenseAdapter
+from keras_kfac.introspection.affine import DenseAdapter
 from keras_kfac.introspection.convolutions import TransposedKernelAdapter
 from keras_kfac.math import factors as kronecker_factors
 from tests import helpers

@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock, Parts
 from keras_kfac.curvature.spectrum import LayerSpectrum
-from keras_kfac.introspection.adapters import DenseAdapter, Gradients, LayerAdapter
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.affine import DenseAdapter
 from keras_kfac.introspection.chains import chain_break
 from keras_kfac.introspection.composite import CrossAdapter, JointWeightsAdapter
 from keras_kfac.math.inverses import Inverse, Shape

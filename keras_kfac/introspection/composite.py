@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import AffineAdapter, Gradients, LayerAdapter
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.affine import AffineAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
 from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.math import factors

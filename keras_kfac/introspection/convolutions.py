@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import AffineAdapter
+from keras_kfac.introspection.affine import AffineAdapter
 from keras_kfac.math import patches
 
 # An estimate of the input factor takes some of the pixels, at least so many of an image.

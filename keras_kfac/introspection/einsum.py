@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import AffineAdapter, Gradients
+from keras_kfac.introspection.adapters import Gradients
+from keras_kfac.introspection.affine import AffineAdapter
 from keras_kfac.introspection.per_example import PerExampleAdapter, sum_over_others
 
 

@@ -6,10 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import (
-    Gradients,
-    LayerAdapter,
-)
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.math import factors
 from keras_kfac.math.example_gradients import OneHot

@@ -10,7 +10,8 @@ from typing import NamedTuple, Self
 
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import AffineAdapter, LayerAdapter
+from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.affine import AffineAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.math.linalg import RowPairs
 from keras_kfac.math.structure import products

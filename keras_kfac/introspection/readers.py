@@ -7,7 +7,8 @@ import keras
 from keras_kfac import _keras_internals
 from keras_kfac._keras_internals import GraphNode
 from keras_kfac.introspection import registry
-from keras_kfac.introspection.adapters import AffineAdapter, layer_path
+from keras_kfac.introspection.adapters import layer_path
+from keras_kfac.introspection.affine import AffineAdapter
 from keras_kfac.introspection.einsum import parse
 
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)

@@ -9,11 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals
-from keras_kfac.introspection.adapters import (
-    Gradients,
-    LayerAdapter,
-    layer_path,
-)
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter, layer_path
 from keras_kfac.introspection.forward_pass import LayerCall, instance_attribute
 from keras_kfac.introspection.recurrent_steps import Steps, steps_of
 from keras_kfac.math import patches

@@ -6,7 +6,8 @@ import keras
 
 from keras_kfac.introspection import convolutions as conv
 from keras_kfac.introspection import per_example, recurrent
-from keras_kfac.introspection.adapters import DenseAdapter, LayerAdapter
+from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.affine import DenseAdapter
 from keras_kfac.introspection.einsum import EinsumBiasAdapter, EinsumDenseAdapter
 from keras_kfac.introspection.embedding import (
     EmbeddingAdapter,
