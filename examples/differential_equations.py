@@ -179,7 +179,7 @@ Round = Callable[[float], int]  # of the part of the seconds that is over
 MakeRound = Callable[[Task], Round]
 
 
-def by_natural_gradient(task: Task) -> Round:
+def by_natural_gradient(task: Task, cutoff: float | None = CUTOFF, damping: float = 0.0) -> Round:
     """The exact natural gradient. The step is halved as long as that lowers the loss."""
     variables = task.variables
 
@@ -190,7 +190,8 @@ def by_natural_gradient(task: Task) -> Round:
             [task.equation, task.boundary],
             variables,
             points=[task.inside, task.edge],
-            cutoff=CUTOFF,
+            cutoff=cutoff,
+            damping=damping,
         )
 
         def move(rate: tf.Tensor) -> None:

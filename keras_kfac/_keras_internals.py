@@ -8,7 +8,7 @@ with the step and not before the step is modelled.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import keras
@@ -58,13 +58,23 @@ def graph_of(model: keras.Layer) -> Graph | None:
     return Graph(functional.inputs, functional.outputs, nodes)
 
 
-def loss_logits(outputs: tf.Tensor) -> tf.Tensor | None:
+def loss_logits(
+    outputs: tf.Tensor, operations: Collection[str] = ("Softmax", "Sigmoid")
+) -> tf.Tensor | None:
     """The logits that Keras's crossentropies use in place of softmax or sigmoid outputs.
 
     Keras marks such outputs and then ignores the probabilities (and `from_logits`): the loss that
-    is minimised is a function of these logits.
+    is minimised is a function of these logits. In graphs it looks for TensorFlow's operations, too.
+
+    Args:
+        outputs: Of a model.
+        operations: What Keras looks for in a graph: softmax if the loss is categorical, sigmoid if
+            it is binary.
     """
-    return getattr(outputs, "_keras_logits", None)
+    logits = getattr(outputs, "_keras_logits", None)
+    if logits is not None or tf.executing_eagerly() or not tf.is_symbolic_tensor(outputs):
+        return logits
+    return outputs.op.inputs[0] if outputs.op.type in operations else None
 
 
 def function_of(loss: keras.losses.Loss) -> tuple[Any, dict[str, Any]]:

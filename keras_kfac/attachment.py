@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_kfac.curvature.coverage import BlockSettings, CoveragePlan, plan_coverage
 from keras_kfac.introspection.forward_pass import ForwardPass, is_recording
-from keras_kfac.introspection.known_losses import as_loss, likelihoods_of, only_loss
+from keras_kfac.introspection.known_losses import as_loss, likelihoods_of, only_entry, only_loss
 from keras_kfac.introspection.losses import Score, understood
 from keras_kfac.introspection.model_pass import recorded_pass
 from keras_kfac.introspection.observed_losses import observed_losses
@@ -157,7 +157,7 @@ class Attachment:
         targets = tf.nest.flatten(given.get("y"))
         if len(outputs) != 1 or len(targets) != 1:
             raise _one_output_only(len(outputs))
-        sample_weight = given.get("sample_weight")
+        sample_weight = only_entry(given.get("sample_weight"))
         return Score(as_loss(self._given_loss), outputs[0], targets[0], sample_weight)
 
     def _fresh_step(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.known_losses import as_loss, given_likelihoods, only_loss
+from keras_kfac.introspection.known_losses import (
+    as_loss,
+    given_likelihoods,
+    only_entry,
+    only_loss,
+)
 from keras_kfac.introspection.losses import Score, Term, understood
 from keras_kfac.introspection.observed_losses import observed_losses
 from keras_kfac.introspection.replay import Replay, tangents
@@ -41,7 +46,7 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
         goes_by_likelihood: Whether what `KFAC(likelihood=...)` says of a loss counts, or the loss.
 
     Raises:
-        ValueError: If the model has no loss.
+        ValueError: If the model has no loss, or no trained weights.
     """
 
     goes_by_likelihood = True
@@ -65,6 +70,11 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
                 f"{model.name!r} without a loss"
             )
         self._variables = list(model.trainable_variables)
+        if not self._variables:
+            raise ValueError(
+                "A curvature matrix is that of the trained weights of a model. Received: model "
+                f"{model.name!r} without trained weights"
+            )
         self._damping = damping
         x = tf.nest.map_structure(tf.convert_to_tensor, x)
         self._replay = Replay(model, (x,), {"training": training})
@@ -179,7 +189,11 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
 
     def _of_outputs(self, outputs: Any) -> list[tf.Tensor]:
         flat = tf.nest.flatten(outputs)
-        return [term.differentiable(flat[term.index])[0] for term in self._terms]
+        return [self._differentiated(term, flat[term.index]) for term in self._terms]
+
+    def _differentiated(self, term: Term, output: tf.Tensor) -> tf.Tensor:
+        """What `J` is the Jacobian of: an output, or the logits behind it."""
+        return term.differentiable(output)[0]
 
     def _shape(self) -> tf.TensorShape:
         return tf.TensorShape([self._size, self._size])
@@ -202,7 +216,8 @@ class CurvatureMatrix(tf.linalg.LinearOperator):
         each = zip(self._terms, outputs, along)
         back = [self._output_product(*own) for own in each]
         gradients = tape.gradient(outputs, weights, back, unconnected_gradients="zero")
-        gradients = [self._unit * tf.cast(g, self.dtype) for g in gradients.values()]
+        unit = tf.cast(self._unit, self.dtype)
+        gradients = [unit * tf.cast(g, self.dtype) for g in gradients.values()]
         return self.flatten(gradients) + scalar(self._damping, self.dtype) * vector
 
 
@@ -240,7 +255,8 @@ def _terms(
                 "A curvature matrix of a model of several outputs needs targets, to see which loss "
                 f"is of which output. Received: y=None for {len(flat)} outputs"
             )
-        weight = None if sample_weight is None else tf.convert_to_tensor(sample_weight)
+        weight = only_entry(sample_weight)
+        weight = None if weight is None else tf.convert_to_tensor(weight)
         loss, loss_weight = only_loss(model)
         score = Score(as_loss(loss), flat[0], None, weight, loss_weight, is_complete=False)
         term = understood(score, 0, given[0])

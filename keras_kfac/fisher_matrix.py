@@ -42,7 +42,8 @@ class FisherMatrix(CurvatureMatrix):
             draw for each position, at least 1: always the same ones, so that the matrix is one.
 
     Raises:
-        ValueError: If the model has no loss, or one not known as a likelihood; without `draws`, if
+        ValueError: If the model has no trained weights, or no loss, or one not known as a
+            likelihood; without `draws`, if
             that has no closed form.
 
     Example:
@@ -182,7 +183,8 @@ class GaussNewtonMatrix(CurvatureMatrix):
         damping: `λ >= 0`, float: the matrix is `Jᵀ H J + λ I`.
 
     Raises:
-        ValueError: If the model has no loss.
+        ValueError: If the model has no loss, or no trained weights, or a loss has options that
+            `KFAC` refuses.
 
     Example:
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
@@ -215,10 +217,14 @@ class GaussNewtonMatrix(CurvatureMatrix):
     def _check(self, term: Term) -> None:
         """There is one of every loss."""
 
+    def _differentiated(self, term: Term, output: tf.Tensor) -> tf.Tensor:
+        return super()._differentiated(term, output) if term.sees_logits else output
+
     def _output_product(self, term: Term, outputs: tf.Tensor, direction: tf.Tensor) -> tf.Tensor:
         """The derivative of the gradient, by the outputs, along the direction."""
-        seen, curvature = term.differentiable(term.outputs)
-        if seen is not term.outputs:  # Logits, of which the Fisher matrix is the Hessian.
+        if self._differentiated(term, term.outputs) is not term.outputs:
+            # Logits, of which the Fisher matrix is the Hessian.
+            _, curvature = term.differentiable(term.outputs)
             return self._weighted(term, _mean_product(curvature, outputs, direction, [(0, 0)]))
         coefficients = self._coefficients(term)
         outputs = tf.identity(outputs)  # Keras would look through a softmax for its logits.

@@ -260,6 +260,36 @@ def test_models_may_compute_their_loss_themselves():
     assert_close(FisherMatrix(model, x, y).to_dense(), FisherMatrix(model, x).to_dense())
 
 
+def test_half_precision():
+    """Products in float16 throughout, where coefficients have a unit of their own."""
+    found = []
+    for dtype in ("float32", "float16"):
+        with helpers.precision(dtype):
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+            model.compile("sgd", "mse")
+            x, y = np.linspace(-1, 1, 15).reshape(5, 3), np.ones((5, 2))
+            matrices = FisherMatrix(model, x, y), GaussNewtonMatrix(model, x, y)
+            found.append([matrix.to_dense().numpy().astype("float64") for matrix in matrices])
+    np.testing.assert_allclose(found[1], found[0], atol=2e-3)
+
+
+def test_only_weights_may_be_in_a_dict_without_targets():
+    model = mlp((4, 3))
+    model.compile("sgd", "mse")
+    x, weights = RNG.normal(size=(5, 4)), RNG.uniform(0.5, 2, 5)
+    found = [FisherMatrix(model, x, sample_weight=w).to_dense() for w in (weights, {"y": weights})]
+    assert_close(*found)
+
+
+def test_model_without_trained_weights_is_refused():
+    model = mlp((4, 3))
+    model.trainable = False
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"of the trained weights.*Received: model .* without"):
+        FisherMatrix(model, RNG.normal(size=(5, 4)))
+
+
 def test_model_without_loss_is_refused():
     with pytest.raises(ValueError, match=r"compile the model with one. Received: model"):
         FisherMatrix(mlp((3, 2)), RNG.normal(size=(4, 3)))
@@ -359,6 +389,21 @@ class TestGaussNewtonMatrix:
         keras_loss = loss if name == "focal" else lambda y, p, **_: tf.reduce_mean(own(y, p))
         expected = dense_ggn(hidden, keras_loss, x, y, model.trainable_variables)
         assert_close(GaussNewtonMatrix(model, x, y).to_dense(), expected, 1e-6)
+
+    def test_logits_count_where_the_loss_sees_them(self):
+        """Keras casts the outputs to the dtype of the loss, and loses what is behind them."""
+        model = mlp((4, 3, 3), head=LOSS["cce-softmax"])
+        x, y = RNG.normal(size=(5, 4)), np.eye(3)[RNG.integers(0, 3, 5)]
+        model.compile("sgd", keras.losses.CategoricalCrossentropy())
+        found = GaussNewtonMatrix(model, x, y).to_dense()
+
+        def loss(y, p, **_):
+            return -tf.reduce_mean(tf.math.log(tf.reduce_sum(y * p, axis=-1)))
+
+        expected = dense_ggn(model, loss, x, y, model.trainable_variables)
+        assert_close(found, expected, 1e-5)  # Keras computes the loss in float32.
+        fisher = FisherMatrix(model, x, y).to_dense()
+        assert np.abs(fisher - found).max() > 0.01 * np.abs(found).max()
 
     def test_is_that_of_the_loss_whatever_the_optimizer_goes_by(self):
         model = mlp((4, 3, 3), head=LOSS["cce-softmax"])

@@ -148,6 +148,13 @@ def test_likelihoods_are_nested_as_the_outputs():
     given = {"a": {"b": MSE(), "z": None}, "c": categorical}
     found = likelihoods_of(given, outputs, None)
     assert [one and one.make for one in found] == [normal, None, categorical]
+    lists = [[tf.zeros([2, 3]), tf.zeros([2, 2])], tf.zeros([2, 1])]
+    for given in ([[None, MSE()], categorical], [None, MSE(), categorical]):
+        found = likelihoods_of(given, lists, None)
+        assert [one and one.make for one in found] == [None, normal, categorical]
+    for wrong in ([[None], categorical], [None, [MSE(), categorical]]):
+        with pytest.raises(ValueError, match=r"each output.* Received: likelihood=.*for 3 outputs"):
+            likelihoods_of(wrong, lists, None)
     for wrong in ({"a": categorical}, {"a": {"y": categorical}}, {"d": categorical}, categorical):
         with pytest.raises(ValueError, match=r"each output.* Received: likelihood=.*for 3 outputs"):
             likelihoods_of(wrong, outputs, None)

@@ -1,5 +1,7 @@
 """Models of several outputs: their losses add up, and so do their Fisher matrices."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -275,3 +277,54 @@ def test_loss_of_another_tensor_is_named():
     with pytest.warns(UserWarning, match=r"a tensor that the model does not return.*of_first"):
         helpers.fit(model, (x, x[:, :2]))
     helpers.assert_all_finite(model)
+
+
+def output_factors(optimizer):
+    return list(helpers.named(optimizer, "output_factor").values())
+
+
+class Activation(layers.Layer):
+    """TensorFlow's softmax or sigmoid, which Keras finds in graphs only."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("function", [tf.nn.softmax, tf.nn.sigmoid], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_what_keras_sees_behind_an_operation(function, fisher):
+    """In a graph its cross-entropies are of the logits, without one of the probabilities."""
+    is_softmax = function is tf.nn.softmax
+    loss = "categorical_crossentropy" if is_softmax else "binary_crossentropy"
+    found = []
+    for eager in (False, True):
+        keras.utils.set_random_seed(0)
+        x = keras.Input((4,))
+        heads = [layers.Dense(3, name=name)(x) for name in ("classes", "numbers")]
+        model = keras.Model(x, [Activation(function)(heads[0]), heads[1]])
+        optimizer = helpers.kfac(fisher=fisher, learning_rate=0.0, momentum=0.0)
+        model.compile(optimizer.attach(model), [loss, "mse"], run_eagerly=eager)
+        inputs = np.random.default_rng(0).normal(size=(16, 4))
+        model.train_on_batch(inputs, [np.eye(3)[np.arange(16) % 3], inputs[:, :3]])
+        found.append(output_factors(optimizer))
+    assert len(found[0]) == 2 and np.trace(found[0][0]) > 0
+    assert_close(*(g[0] for g in found), 1e-4)
+
+
+def test_logits_that_are_probabilities():
+    """Keras takes the logits behind them, however they were made, and warns."""
+    x, found = RNG.normal(size=(6, 4)), []
+    for last in (layers.Softmax(), Activation(tf.nn.softmax)):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3), last])
+        optimizer = helpers.kfac(fisher="exact", learning_rate=0.0, momentum=0.0)
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer.attach(model), loss)
+        with warnings.catch_warnings(action="ignore"):
+            model.train_on_batch(x, np.eye(3)[[0, 1, 2, 0, 1, 2]])
+        found.append(output_factors(optimizer))
+    assert_close(*(g[0] for g in found), 1e-5)

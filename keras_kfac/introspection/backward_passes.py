@@ -156,6 +156,7 @@ def _empirical(item: ScoredPass, seed: tf.Tensor) -> Start:
         totals = [term.weighted_sum(weights) for term, weights in scaled]
     if len(totals) == 1:
         return totals, None
+    # A loss may be of what is behind an output, whatever Keras knows of the loss.
     logits = [_keras_internals.loss_logits(term.outputs) for term, _ in scaled]
     targets = [t.outputs if own is None else own for (t, _), own in zip(scaled, logits)]
     vectors = []

@@ -146,6 +146,14 @@ def only_loss(model: keras.Model) -> tuple[Any, float]:
     return losses[0] if len(losses) == 1 else None, weight
 
 
+def only_entry(given: Any) -> Any:
+    """What is given for the only output of a model, by itself or in a list or dict."""
+    if isinstance(given, (list, tuple, dict)):
+        flat = tf.nest.flatten(given)
+        return flat[0] if len(flat) == 1 else given
+    return given
+
+
 def known(loss: keras.losses.Loss) -> tuple[keras.losses.Loss, Likelihood | None]:
     """A loss, as its class where Keras wrapped a function, and the likelihood behind it.
 
@@ -251,13 +259,22 @@ def _by_output(given: Any, outputs: Any, names: Sequence[str]) -> list[Any] | No
     if given is None:
         return [None] * count
     if isinstance(given, dict) and isinstance(outputs, dict):
-        below = [_by_output(given.get(key), outputs[key], []) for key in sorted(outputs)]
-        fits = set(given) <= set(outputs) and None not in below
-        return [one for part in below for one in part or []] if fits else None
+        pairs = [(given.get(key), outputs[key]) for key in sorted(outputs)]
+        return _of_parts(pairs) if set(given) <= set(outputs) else None
+    if isinstance(given, (list, tuple)) and isinstance(outputs, (list, tuple)):
+        nested = _of_parts(list(zip(given, outputs))) if len(given) == len(outputs) else None
+        if nested is not None:
+            return nested
     each = list(given) if isinstance(given, (list, tuple)) else [given]
     if isinstance(given, dict):
         each = [given.get(name) for name in names] if set(given) <= set(names) else []
     return each if len(each) == count else None
+
+
+def _of_parts(pairs: Sequence[tuple[Any, Any]]) -> list[Any] | None:
+    """What is given for each output of several parts, one after the other."""
+    parts = [_by_output(given, outputs, []) for given, outputs in pairs]
+    return None if None in parts else [one for part in parts for one in part or []]
 
 
 def _check_supported(loss: keras.losses.Loss) -> None:

@@ -11,13 +11,23 @@ from keras_kfac.introspection.known_losses import PerPosition, known
 from keras_kfac.introspection.target_curvature import TargetGradients, TargetHessian, is_convex
 from keras_kfac.math.draws import check_compiles
 from keras_kfac.math.families import form_of
-from keras_kfac.math.likelihood import Likelihood, OutputCurvature
+from keras_kfac.math.likelihood import (
+    Likelihood,
+    Make,
+    OutputCurvature,
+    bernoulli,
+    categorical,
+)
 from keras_kfac.math.linalg import scalar, with_rank
 
 _NEGATIVE = (
     "A Fisher matrix of losses or examples of negative weight may not be positive semi-definite. "
     "K-FAC needs loss weights and sample weights that are at least 0."
 )
+
+
+# What Keras looks for in a graph, to find the logits of a likelihood behind probabilities.
+_OPERATIONS: dict[Make, str] = {categorical: "Softmax", bernoulli: "Sigmoid"}
 
 
 class _Reduction(keras.losses.Loss):
@@ -85,17 +95,16 @@ class Term:
             RuntimeError: If `compute_loss` has not seen them.
         """
         if not self.score.is_complete:
-            other = "fisher='sampled' and a float as `damping`"
+            need = "The empirical Fisher and adaptive damping need"
+            other = ", or use fisher='sampled' and a float as `damping`"
             if self.likelihood is None:
-                other = f"KFAC(likelihood=...), as none is known for {self.score.loss!r}"
+                other = f", or use KFAC(likelihood=...), as none is known for {self.score.loss!r}"
             elif self._ignores:
-                other = (
-                    "sample weights of 0 for what is to be ignored: `ignore_class` needs targets"
-                )
+                need, other = "`ignore_class` needs", ""
             raise RuntimeError(
-                "The empirical Fisher and adaptive damping need the training targets, which K-FAC "
-                "sees in `model.compute_loss` only. In a custom training loop compute the loss by "
-                f"`model.compute_loss(x, y, y_pred, sample_weight)`, or use {other}."
+                f"{need} the training targets, which K-FAC sees in `model.compute_loss` only. In a "
+                "custom training loop compute the loss by "
+                f"`model.compute_loss(x, y, y_pred, sample_weight)`{other}."
             )
         return self.score.targets
 
@@ -253,33 +262,46 @@ class Term:
             if self._is_convex:
                 return outputs, TargetHessian(term.values)
             return outputs, TargetGradients(term.values, self.score.loss)
-        logits = _keras_internals.loss_logits(outputs)
-        if logits is None or likelihood.of_logits is None:
+        if likelihood.of_logits is None:
             return outputs, likelihood
-        # Keras loses sight of the logits when it casts the outputs to the dtype of the loss.
-        is_seen = outputs.dtype.name == self.score.loss.dtype
-        if likelihood.make is likelihood.of_logits and not is_seen:
+        logits = _keras_internals.loss_logits(outputs, [_OPERATIONS[likelihood.of_logits]])
+        if logits is None:
+            return outputs, likelihood
+        if likelihood.make is likelihood.of_logits and not self.sees_logits:
             return outputs, likelihood
         return logits, dataclasses.replace(likelihood, make=likelihood.of_logits)
 
+    @property
+    def sees_logits(self) -> bool:
+        """Whether the loss is of the logits behind the output, if there are any.
+
+        Keras loses sight of them when it casts the output to the dtype of the loss.
+        """
+        return self.outputs.dtype.name == self.score.loss.dtype
+
 
 def _check_shape(weights: tf.TensorShape, values: tf.TensorShape) -> None:
-    """Checks that there is a weight for each value of a loss, or for those along its first axes.
+    """Checks that there is a weight for each value of a loss, or for those along one of its axes.
 
     Keras broadcasts weights `[N, N]` for values `[N]`, and sums up their products. It does so with
-    the one value of a loss that is not kept for each example, too, which all weights count for.
+    the one value of a loss that is not kept for each example, too, which all weights count for. And
+    it has weights `[N]` for values `[N, N]` count along the last axis.
     """
-    if weights.rank is None or not values.rank:
+    if not weights.rank or not values.rank:
         return
-    if weights.rank == values.rank + 1 and weights[-1] == 1:
-        weights = weights[:-1]
-    fits = weights.rank <= values.rank and all(
-        own is None or other is None or own in (1, other) for own, other in zip(weights, values)
+    own, others = weights, values
+    if own.rank == others.rank + 1 and own[-1] == 1:
+        own = own[:-1]
+    elif others.rank == own.rank + 1 and others[-1] == 1:
+        others = others[:-1]
+    fits = own.rank == others.rank and all(
+        size is None or other is None or size in (1, other) for size, other in zip(own, others)
     )
     if not fits:
         raise ValueError(
-            "Sample weights must have the shape of the loss before its reduction, or that of its "
-            f"first axes. Received: sample weights of shape {weights} for a loss of shape {values}"
+            "Sample weights must have the shape of the loss before its reduction; those of "
+            "examples are of shape (batch, 1) if that has more axes than one. Received: sample "
+            f"weights of shape {weights} for a loss of shape {values}"
         )
 
 

@@ -47,6 +47,9 @@ def of_examples(weights: tf.Tensor | None) -> tf.Tensor | None:
 def stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     """A mask for examples, for steps of several positions each, or for all positions.
 
+    Where it has more entries than there are positions, behind a layer that pools steps and hands
+    its mask on, a position counts if any of its steps does.
+
     Args:
         mask: `[batch]`, `[batch, steps]`, or more axes of positions.
         rows: `[..., batch, positions, d]`.
@@ -57,9 +60,17 @@ def stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     Example:
     >>> stretched(tf.constant([[1, 0]]), tf.zeros([1, 4, 3])).numpy().tolist()
     [[1, 1, 0, 0]]
+    >>> stretched(tf.constant([[0, 1, 0, 0]]), tf.zeros([1, 2, 3])).numpy().tolist()
+    [[1, 0]]
     """
-    flat = tf.reshape(mask, [tf.shape(mask)[0], -1])
-    return tf.repeat(flat, tf.shape(rows)[-2] // tf.shape(flat)[1], axis=1)
+    flat = tf.cast(tf.reshape(mask, [tf.shape(mask)[0], -1]), tf.int32)
+    steps, positions = tf.shape(flat)[1], tf.shape(rows)[-2]
+    # Those of a position are from one share of the steps to the next.
+    places = tf.range(positions)
+    first, last = places * steps // positions, -(-(places + 1) * steps // positions)
+    before = tf.pad(tf.cumsum(flat, axis=1), [[0, 0], [1, 0]])
+    counts = tf.gather(before, last, axis=1) > tf.gather(before, first, axis=1)
+    return tf.cast(counts, mask.dtype)
 
 
 def rows_of_positions(tensor: tf.Tensor) -> tf.Tensor:
