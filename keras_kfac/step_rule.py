@@ -15,6 +15,11 @@ from keras_kfac.math.quadratic_model import QuadraticModel, group_rates, minimis
 _MAX_MOMENTUM = 0.95
 # Decay of the sums in `SignalShare`.
 _SHARE_DECAY = 0.98
+# Steps alike make sums of up to `1 / (1 - 0.98) = 50` times their own. Where the loss has fallen by
+# so much that the sums outweigh a step four times as far, they decay faster: else what was so long
+# ago would be the share for good, and its noise the floor of the damping.
+_LONG_HISTORY = 200
+_SHARE_HASTE = 0.9
 _SMALLEST_SHARE = 0.01
 # The model is averaged over `1 + c (noise / signal)` steps.
 _TOLERATED_NOISE = 0.5
@@ -174,8 +179,10 @@ class SignalShare:
         found = model.gradient[-1] - model.curvature[-1, -1] - self._last_known.value
         counts = (promise < 0) & tf.math.is_finite(promise) & tf.math.is_finite(found)
         found = tf.clip_by_value(found, promise, -promise)
-        confirmed = _SHARE_DECAY * self._confirmed.value + tf.where(counts, found, 0)
-        promised = _SHARE_DECAY * self._promised.value + tf.where(counts, promise, 0)
+        is_outweighed = counts & (self._promised.value < _LONG_HISTORY * promise)
+        decay = tf.where(is_outweighed, scalar(_SHARE_HASTE, _SUM), _SHARE_DECAY)
+        confirmed = decay * self._confirmed.value + tf.where(counts, found, 0)
+        promised = decay * self._promised.value + tf.where(counts, promise, 0)
         known = promised < 0
         share = tf.where(known, confirmed / tf.where(known, promised, 1), 1)
         share = tf.clip_by_value(share, _SMALLEST_SHARE, 1)

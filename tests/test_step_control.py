@@ -441,6 +441,19 @@ class TestExactQuadratic:
         expected = max((0.98 * 0.5 + counted) / 1.98, 0.01)
         assert float(measure.measure(model(found))) == pytest.approx(expected)
 
+    def test_what_was_promised_before_the_loss_fell_is_forgotten(self):
+        """A noisy step promises 100,000 times as much as those after it, which are exact."""
+        measure = SignalShare(new_variable)
+        step, zeros = tf.constant([1.0, 0.0], tf.float64), tf.zeros([2, 2], tf.float64)
+
+        def share_after(promise, found):
+            slopes = tf.constant([[-promise, 0.0], [0.0, -found]], tf.float64)
+            measure.remember(QuadraticModel(zeros, zeros, slopes[0]), step)
+            return float(measure.measure(QuadraticModel(zeros, zeros, slopes[1])))
+
+        assert share_after(100.0, 0.0) == pytest.approx(0.01)
+        assert [share_after(1e-3, 1e-3) for _ in range(200)][-1] > 0.7
+
     def test_signal_share_is_small_where_gradients_are_noise(self):
         model, x, _ = linear_regression(examples=8)
         optimizer = KFAC(damping=1.0, **EVERY_STEP)
