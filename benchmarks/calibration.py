@@ -6,6 +6,11 @@ Two tasks: the digits of `examples/laplace.py`, and a curve through 30 points. E
 prior of one precision, chosen on the first seed by the likelihood of validation data: one for MAP,
 one for noisy K-FAC. All results are written to a JSON file with the environment; `--report` prints
 the tables of docs/laplace.md from that file.
+
+    python benchmarks/calibration.py --full
+
+takes Laplace's approximation by Kronecker-factored and by full blocks, of the network of
+`examples/laplace.py`, which has no prior; its results stand beside the others, which are kept.
 """
 
 import argparse
@@ -40,6 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "calibration.json"
 PRECISIONS = (0.1, 1.0, 10.0)
 DRAWS = 50
 NOISE = 0.2  # of the curve, standard deviation
+EPOCHS = 30  # of the network without prior, as in the example
 
 Data = tuple[np.ndarray, np.ndarray]
 
@@ -193,16 +199,34 @@ def digits(seed: int, chosen: dict[str, float]) -> Iterator[dict]:
             predictors[f"Laplace, {method}", choice, float(precision)] = predict
     for images, inputs in example.corruptions(x, seed).items():
         for (method, choice, precision), predict in predictors.items():
-            found_probabilities = predict(inputs)
-            yield {
-                "data": images,
-                "method": method,
-                "prior": choice,
-                "precision": precision,
-                "nll": example.negative_log_likelihood(found_probabilities, y),
-                "error": float(np.mean(found_probabilities.argmax(axis=-1) != y)),
-                "calibration": example.calibration_error(found_probabilities, y),
-            }
+            row = {"data": images, "method": method, "prior": choice, "precision": precision}
+            yield {**row, **digits_measures(predict(inputs), y)}
+
+
+def digits_measures(found: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Of probabilities `[images, classes]`."""
+    return {
+        "nll": example.negative_log_likelihood(found, y),
+        "error": float(np.mean(found.argmax(axis=-1) != y)),
+        "calibration": example.calibration_error(found, y),
+    }
+
+
+def full_blocks(seed: int, chosen: dict[str, float]) -> Iterator[dict]:
+    """Predictions at the precision of the evidence, of a network that was trained without prior."""
+    data, _, (x, y) = example.digits(1000, seed)
+    model = example.trained(data, EPOCHS, seed)
+    predictors = {("without prior", "none", 0.0): lambda x: probabilities(Trained(model, 0.0), x)}
+    for curvature in ("kfac", "full"):
+        posterior = laplace(model, *data, curvature=curvature)
+        best = posterior.prior_precision
+        for method in example.METHODS:
+            predict = example.Predictor(posterior, method, DRAWS, best)
+            predictors[f"Laplace, {curvature}, {method}", "evidence", best] = predict
+    for images, inputs in example.corruptions(x, seed).items():
+        for (method, choice, precision), predict in predictors.items():
+            row = {"data": images, "method": method, "prior": choice, "precision": precision}
+            yield {**row, **digits_measures(predict(inputs), y)}
 
 
 # ---- The curve ----------------------------------------------------------------------------------
@@ -269,14 +293,18 @@ COLUMNS = {
     "digits": {"nll": "NLL", "error": "error", "calibration": "calibration error"},
     "curve": {"nll": "NLL", "error": "root of squared error", "inside": "in 95 % intervals"},
 }
-PERCENT = {("digits", "error"), ("curve", "inside")}
+COLUMNS["full"] = COLUMNS["digits"]
+PERCENT = {("digits", "error"), ("full", "error"), ("curve", "inside")}
 
 
 def report(result: dict) -> str:
     """Means over seeds, with the lowest and highest NLL, as tables."""
     tables = []
     for task, columns in COLUMNS.items():
-        rows = [row for row in result["rows"] if row["task"] == task]
+        parts = (result, result.get("full", {"rows": []}))
+        rows = [row for part in parts for row in part["rows"] if row["task"] == task]
+        if not rows:
+            continue
         lines = [f"| data | predictions | `τ` | {' | '.join(columns.values())} |"]
         lines.append("|---" * (3 + len(columns)) + "|")
         for key in dict.fromkeys((r["data"], r["method"], r["prior"]) for r in rows):
@@ -298,21 +326,33 @@ def _cell(task: str, name: str, values: list[float]) -> str:
     return f"{mean:.3f}"
 
 
+def measured(runs: dict[str, Callable[..., Iterator[dict]]], seeds: int) -> dict:
+    """All predictions of some tasks, with the environment."""
+    result: dict = {"environment": environment(), "draws": DRAWS, "rows": []}
+    for name, run in runs.items():
+        chosen: dict[str, float] = {}
+        for seed in range(seeds):
+            start = time.perf_counter()
+            rows = list(run(seed, chosen))
+            result["rows"] += [{"task": name, "seed": seed, **row} for row in rows]
+            print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    return result
+
+
 def main() -> None:
     """Measures, or reports what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--full", action="store_true", help="full blocks, and nothing else")
     parser.add_argument("--report", action="store_true", help="only print the tables")
     args = parser.parse_args()
     if not args.report:
-        result: dict = {"environment": environment(), "draws": DRAWS, "rows": []}
-        for name, run in {"digits": digits, "curve": curve}.items():
-            chosen: dict[str, float] = {}
-            for seed in range(args.seeds):
-                start = time.perf_counter()
-                rows = list(run(seed, chosen))
-                result["rows"] += [{"task": name, "seed": seed, **row} for row in rows]
-                print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+        if args.full:
+            result = {**kept, "full": measured({"full": full_blocks}, args.seeds)}
+        else:
+            result = measured({"digits": digits, "curve": curve}, args.seeds)
+            result |= {"full": kept["full"]} if "full" in kept else {}
         RESULTS.write_text(json.dumps(result, indent=1))
     print(report(json.loads(RESULTS.read_text())))
 

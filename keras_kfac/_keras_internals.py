@@ -114,9 +114,9 @@ def projections_of(layer: keras.Layer) -> dict[str, list[keras.Layer]]:
 
 
 def around_next_batch(
-    model: keras.Model, context: Callable[[], contextlib.AbstractContextManager]
+    model: keras.Model, context: Callable[[Any], contextlib.AbstractContextManager]
 ) -> None:
-    """Has `fit` train its next batch within a context.
+    """Has `fit` train its next batch within a context, made of the specs of its data.
 
     Callbacks are not told when a batch fails, or when the data end where one was about to begin,
     and those before this one in the list would see its changes. `fit` looks `train_function` up for
@@ -127,7 +127,7 @@ def around_next_batch(
 
     def train_function(iterator: Any) -> Any:
         model.train_function = original
-        with context():
+        with context(iterator.element_spec):
             return original(iterator)
 
     train_function.within_context = original  # type: ignore[attr-defined]

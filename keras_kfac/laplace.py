@@ -47,8 +47,9 @@ def laplace(
         y: Targets. They matter to the value of the evidence, and to the matrix if
             `fisher="empirical"` or the loss has an `ignore_class`.
         prior_precision: `τ > 0`; `None` for the one of largest evidence.
-        curvature: The structure of the Fisher matrix, as for `KFAC`: `"kfac"`, `"ekfac"`, `"full"`
-            or `"diagonal"`, or one by layer. Factors are kept whole, whatever their size.
+        curvature: The structure of the Fisher matrix, as for `KFAC`: `"kfac"`, `"ekfac"`,
+            `"input"`, `"diagonal"`, `"full"`, or `"dense"` of up to 4096 weights, or one by layer.
+            Factors are kept whole, whatever their size.
         likelihood: As for `KFAC`: a function from outputs to a TFP distribution, or a Keras loss,
             if the loss does not say it.
         fisher: Which Fisher matrix, as for `KFAC`.

@@ -25,8 +25,8 @@ class LaplacePosterior:
         W ~ N(trained weights, U diag(1 / (s + τ)) Uᵀ).
 
     With `curvature="kfac"`, `U = U_A ⊗ U_G` and `s = N a gᵀ` are those of `N A ⊗ G`: nothing is
-    added to the factors, `τ` is added to their product. Weights without a curvature block are
-    fixed.
+    added to the factors, `τ` is added to their product. With `"dense"` all layers are as one.
+    Weights without a curvature block are fixed.
 
     It goes with the weights that the model had: to train on, make another one afterwards. The
     model's own state is never changed.
@@ -36,7 +36,8 @@ class LaplacePosterior:
         coverage: Which weights are covered, and why others are not; prints as a table.
         examples: Number `N` of examples.
         log_likelihood: `log p(D | θ)` of the data at the trained weights, float; `None` if the
-            posterior was made without targets.
+            posterior was made without targets. With a squared logarithmic error the data are
+            `log(1 + y)`.
     """
 
     def __init__(self, settings: CurvatureSettings, found: WholeCurvature) -> None:
@@ -46,7 +47,7 @@ class LaplacePosterior:
         self.log_likelihood = None
         if found.log_likelihood is not None:
             self.log_likelihood = float(found.log_likelihood)
-        self._make = found.likelihood.distribution
+        self._make = found.likelihood.of_targets
         self._variables = list(self.model.trainable_variables)
         self._mean = [tf.convert_to_tensor(v) for v in self._variables]
         self._blocks = [BlockNormal.of(block, found.examples) for block in found.blocks]

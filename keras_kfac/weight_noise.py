@@ -67,7 +67,8 @@ class WeightNoise(keras.callbacks.Callback):
             decay, several outputs, a loss that is no likelihood or no mean over examples, weights
             without an L2 regulariser in common, or constrained; `fisher="forward_only"`; or a
             `curvature` that keeps no Fisher matrix (`"inverse_free"`, `"tridiagonal"`,
-            `"linear_exact"`, `"dense"` of more than 4096 weights); or outputs with a mask.
+            `"linear_exact"`, `"dense"` of more than 4096 weights); or outputs with a mask, or
+            examples with weights.
 
     Example:
     >>> x = np.random.default_rng(0).normal(size=(32, 2))
@@ -105,9 +106,13 @@ class WeightNoise(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Has the batch trained on with noise, but for the first of all."""
+        _keras_internals.around_next_batch(self.model, partial(_unweighted, self._next_noise()))
+
+    def _next_noise(self) -> contextlib.AbstractContextManager:
+        """A context with the noise of the next batch; without any for the first of all."""
         found = self._optimizer.findings
         if found is None:
-            return
+            return contextlib.nullcontext()
         if self._noise is None or self._noise.found is not found:
             self._noise = _Noise(self, self._optimizer, found)
         # The model may have trained in other ways since.
@@ -116,8 +121,7 @@ class WeightNoise(keras.callbacks.Callback):
         micro_steps = self._optimizer.gradient_accumulation_steps or 1
         index = micro_steps * self._optimizer.batches_seen + self._batches % micro_steps
         self._batches += 1
-        applied = partial(self._noise.applied, _TRAINING, index)
-        _keras_internals.around_next_batch(self.model, applied)
+        return self._noise.applied(_TRAINING, index)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Warns of draws that were not finite."""
@@ -283,6 +287,23 @@ def _check_training(model: keras.Model, optimizer: KFAC) -> None:
             "The covariance needs output factors, which fisher='forward_only' has not. Received: "
             f"fisher={str(optimizer.fisher)!r}"
         )
+
+
+def _unweighted(
+    context: contextlib.AbstractContextManager, data: Any
+) -> contextlib.AbstractContextManager:
+    """The context of a batch, of whose data these are the specs.
+
+    Raises:
+        ValueError: If examples have weights: of a class, too, as `fit` makes these of them.
+    """
+    weights = tf.nest.flatten(data[2]) if isinstance(data, tuple) and len(data) == 3 else []
+    if any(isinstance(spec, tf.TensorSpec) for spec in weights):  # Of `None` there is another one.
+        raise ValueError(
+            "Sample weights, and class weights, have no place in a likelihood: let an example "
+            f"occur several times. Received: data of {len(data)} parts, the last of them {data[2]}"
+        )
+    return context
 
 
 def _prior_coefficient(block: KroneckerBlock, unit: float) -> float:

@@ -229,6 +229,25 @@ class TestPredictions:
         assert_close(outputs.mean(), logits)
         assert_close(model(x[:4]), tf.nn.softmax(outputs.mean()))
 
+    def test_one_block_for_all_layers(self):
+        """The covariance of the whole model, with no approximation but the linearised model."""
+        case = LOSS["mse"]
+        model = compiled(mlp((4, 3, 2)), case.make())
+        x, y = RNG.normal(size=(6, 4)), case.targets(RNG, (6, 2))
+        posterior = laplace(model, x, curvature="dense", prior_precision=TAU)
+        variables = model.trainable_variables
+        fisher = len(x) * dense_ggn(model, case.make(), x, y, variables)  # Of two outputs: 2/2.
+        with tf.GradientTape() as tape:
+            outputs = model(x[:3])
+        parts = tape.jacobian(outputs, [v.value for v in variables])
+        j = np.concatenate([np.reshape(part, [3, 2, -1]) for part in parts], axis=-1)
+        covariance = np.linalg.inv(fisher + TAU * np.eye(len(fisher)))
+        found = posterior.outputs(x[:3])
+        assert_close(found.mean(), outputs)
+        assert_close(found.covariance(), np.einsum("nki,ij,nlj->nkl", j, covariance, j))
+        targets = posterior.predictive(x[:3])
+        assert_close(targets.covariance(), found.covariance() + np.eye(2))
+
     def test_less_certain_far_away(self, classes):
         """The network itself is the more certain the farther it is from what it has seen."""
         model, x, _, posterior = classes
@@ -342,6 +361,47 @@ class TestOtherLikelihoods:
         with pytest.raises(ValueError, match=r"'probit' is for classes. Received"):
             laplace(model, x).predictive(x[:3], "probit")
 
+    @pytest.mark.parametrize("name", ["one number", "a vector"])
+    def test_normal_logarithms(self, name):
+        """Of weights that are known, the prediction is the likelihood: not the logarithm's."""
+
+        def one(outputs):
+            return tfd.LogNormal(outputs[..., 0], tf.constant(NOISE, outputs.dtype))
+
+        def vector(outputs):
+            return tfd.Independent(tfd.LogNormal(outputs, tf.constant(NOISE, outputs.dtype)), 1)
+
+        make = {"one number": one, "a vector": vector}[name]
+        x = RNG.normal(size=(4, 3))
+        model = compiled(linear(1), NegativeLogLikelihood(make, dtype="float64"))
+        posterior = laplace(model, x, prior_precision=1e14)
+        expected = make(model(x))
+        for method in ("linear", "weights"):
+            found = posterior.predictive(x, method, draws=2)
+            assert found.event_shape == expected.event_shape
+            assert_close(found.mean(), expected.mean(), 1e-5)
+            assert_close(found.log_prob(expected.mean()), expected.log_prob(expected.mean()), 1e-5)
+
+    def test_squared_logarithmic_errors(self):
+        """Predictions are of the targets; the likelihood of the data that of `log(1 + y)`."""
+        x, y = RNG.normal(size=(4, 3)), RNG.exponential(size=(4, 2))
+        loss = keras.losses.MeanSquaredLogarithmicError(dtype="float64")
+        model = compiled(
+            keras.Sequential([linear(2), layers.Activation("exponential", dtype="float64")]), loss
+        )
+        posterior = laplace(model, x, y, prior_precision=1e14)
+        logarithms = tfd.Normal(np.log1p(model(x)), 1.0)
+        densities = logarithms.log_prob(np.log1p(y))
+        assert_close(posterior.log_likelihood, np.sum(densities))
+        for method in ("linear", "weights"):
+            found = posterior.predictive(x, method, draws=2)
+            jacobian = np.log1p(y)  # That of the logarithm by the targets is `1 / (1 + y)`.
+            assert_close(found.log_prob(y), np.sum(densities - jacobian, axis=-1), 1e-5)
+            # Moments of exp(z) are exp(m + 1/2) and exp(2 m + 2).
+            mean, square = (np.exp(k * logarithms.loc + k**2 / 2) for k in (1, 2))
+            assert_close(found.mean(), mean - 1, 1e-5)
+            assert_close(found.stddev(), np.sqrt(square - mean**2), 1e-5)
+
     def test_positions_that_do_not_count(self):
         """A language model of tied weights: by draws of weights alone."""
         table = layers.ReversibleEmbedding(4, 3, dtype="float64")
@@ -450,9 +510,25 @@ def test_best_precision_is_found_from_anywhere(scale):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda f: tfd.Independent(tfd.Normal(2 * f, tf.ones_like(f)), 1), lambda f: tfd.Poisson(f)],
-    ids=["other means", "no normal noise"],
+    [
+        lambda f: tfd.Independent(tfd.Normal(2 * f, tf.ones_like(f)), 1),
+        lambda f: tfd.Poisson(f),
+        lambda f: tfd.LogNormal(f[..., 0], 1.0),
+        lambda f: tfd.Sample(tfd.Normal(f[..., 0], 1.0), 1),
+        lambda f: tfd.Masked(tfd.Normal(f[..., 0], 1.0), [True, False]),
+        lambda f: tfd.Independent(tfd.Normal(f[..., tf.newaxis], 1.0), 2),
+    ],
+    ids=["other means", "no normal noise", "logarithms", "samples", "masked", "matrices"],
 )
 def test_only_noise_is_added(make):
     means, covariance = tf.ones([2, 1]), tf.ones([2, 1, 1])
     assert predictive.with_noise(make, means, covariance) is None
+
+
+def test_one_number_joined_by_itself_stays_one():
+    def make(f):
+        return tfd.Independent(tfd.Normal(f[..., 0], 1.0), 0)
+
+    found = predictive.with_noise(make, tf.ones([2, 1]), tf.ones([2, 1, 1]))
+    assert found.event_shape == [] and found.batch_shape == [2]
+    assert_close(found.variance(), [2.0, 2.0], 1e-6)

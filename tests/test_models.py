@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_kfac import KFAC, RawWeightsAdapter, register
+from keras_kfac import KFAC, RawWeightsAdapter, WeightNoise, laplace, register
 from keras_kfac.introspection import registry
 from tests import helpers
 from tests.cases import LOSS, factors
@@ -188,6 +188,40 @@ def test_models_of_keras_hub(make):
     history = model.fit(x, y, 32, 20, verbose=0, callbacks=callbacks).history["loss"]
     assert history[-1] < 0.85 * history[0]
     assert model.optimizer.coverage().fraction == 1
+
+
+class Twins(keras.Model):
+    """Two layers of one name; Keras only sees to those of functional and sequential models."""
+
+    def __init__(self):
+        super().__init__()
+        prior = dict.fromkeys(("kernel_regularizer", "bias_regularizer"), keras.regularizers.L2(1))
+        self.first = layers.Dense(4, "tanh", name="twin", **prior)
+        self.second = layers.Dense(helpers.CLASSES, name="twin", **prior)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
+def test_layers_of_one_name_are_numbered():
+    """In all that is said of them by name; the state of an optimizer goes by their places."""
+    x, y = helpers.vectors(8)
+    model, optimizer = Twins(), helpers.kfac()
+    model(x)
+    helpers.compiled(model, optimizer, run_eagerly=True)
+    noise = WeightNoise(8)
+    expected = [row.layer for row in optimizer.attach(model).coverage()]
+    helpers.fit(model, (x, y), 2, callbacks=[noise])
+    assert len(expected) == 2 and expected[1] == f"{expected[0]} (2)"
+    assert [row.layer for row in optimizer.coverage()] == expected
+    assert [row.layer for row in optimizer.curvature_summary()] == expected
+    posterior = laplace(model, x, y, prior_precision=1.0)
+    assert posterior.coverage[1].layer == expected[1]
+    known = (optimizer.condition_numbers(), optimizer.staleness(), noise.prior_precisions)
+    for found in (*known, posterior.weights()):
+        assert list(found) == expected
+    paths = [v.path for v in optimizer.variables]
+    assert len(set(paths)) == len(paths)
 
 
 class TestWrappers:

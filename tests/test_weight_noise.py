@@ -591,6 +591,27 @@ class TestRefusals:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
         self.check(r"`ignore_class` have no part.*Received", loss=loss)
 
+    @pytest.mark.parametrize("kind", ["samples", "classes", "dataset"])
+    def test_weights_of_examples(self, kind):
+        """Refused in the first batch, which has no noise yet, too."""
+        x, y = helpers.vectors(EXAMPLES)
+        weights = np.full(EXAMPLES, 100.0)
+        data, options = (x, y), {"sample_weight": weights}
+        if kind == "classes":
+            options = {"class_weight": dict.fromkeys(range(helpers.CLASSES), 100.0)}
+        elif kind == "dataset":
+            data = (tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(4),)
+            options = {"batch_size": None}
+        with pytest.raises(ValueError, match=r"Sample weights, and class w.*Received: data of 3"):
+            fit(mlp(), data=data, compiled={"run_eagerly": True}, **options)
+
+    def test_no_weights_of_examples(self):
+        """A dataset may say so."""
+        data = tf.data.Dataset.from_tensor_slices(helpers.vectors(EXAMPLES)).batch(12)
+        data = (data.map(lambda x, y: (x, y, None)),)
+        options = {"batch_size": None, "epochs": 1, "compiled": {"run_eagerly": True}}
+        assert fit(mlp(), data=data, **options).prior_precisions
+
     def test_masks(self):
         body = [keras.layers.Masking(), regularised(layers.Dense, 2)]
         model = keras.Sequential([keras.Input((5, 3)), *body])

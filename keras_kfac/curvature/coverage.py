@@ -9,7 +9,7 @@ import keras
 from keras_kfac import _keras_internals
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
 from keras_kfac.curvature.choice import Curvature, CurvatureChoice
-from keras_kfac.introspection.adapters import LayerAdapter, layer_path, own_variables
+from keras_kfac.introspection.adapters import LayerAdapter, own_variables, report_names
 from keras_kfac.introspection.registry import adapt, find_adapters, has_entry
 from keras_kfac.introspection.weight_sharing import Choice, WeightSharing
 from keras_kfac.math.inverses import Inverse
@@ -20,7 +20,7 @@ class CoverageRow:
     """How the trained weights of one layer get their steps.
 
     Attributes:
-        layer: Path of the layer.
+        layer: Path of the layer, with a number where others before it have the same one.
         layer_type: Its class.
         weights: Number of trained weights it owns (scalars, not tensors).
         block: Its curvature block: `"kronecker"`, `"ekfac"`, `"input"`, `"inverse_free"`,
@@ -139,6 +139,7 @@ def plan_coverage(
     sharing = WeightSharing(model, settings.weight_sharing)
     choice = CurvatureChoice(model, settings.curvature)
     layers = _keras_internals.flatten_layers(model)
+    names = report_names(layer for layer in layers if own_variables(layer) or has_entry(layer))
     blocks: list[_Block] = []
     reasons: dict[int, str] = {}  # Why a variable has no block, by its `id`.
     for layer in layers:  # Those above come first: a recurrent layer before its cell.
@@ -147,6 +148,7 @@ def plan_coverage(
         for adapter in found:
             adapter.reduces = adapter.can_reduce and bool(sharing.reduces(layer))
             for use in (adapter, *adapter.uses):
+                use.report_names = names
                 use.max_factor_size = settings.max_factor_size
             block_type, note = choice.of(adapter)
             blocks.append(_Block(block_type.plan(adapter, settings.inverse_type), note))
@@ -161,7 +163,8 @@ def plan_coverage(
         own = own_variables(layer)
         trained = [v for v in own if is_trained(v)]
         if own:
-            rows.append(_row(layer, trained, covered, reasons, sharing))
+            name = names[id(layer)]
+            rows.append(_row(name, layer, trained, covered, reasons, sharing))
     return CoveragePlan([block.plan for block in blocks], rows)
 
 
@@ -200,13 +203,14 @@ def _merged(blocks: Sequence[_Block], model: keras.Model) -> list[_Block]:
 
 
 def _row(
+    name: str,
     layer: keras.Layer,
     trained: Sequence[keras.Variable],
     covered: Mapping[int, _Block],
     reasons: Mapping[int, str],
     sharing: WeightSharing,
 ) -> CoverageRow:
-    name, kind = layer_path(layer), type(layer).__name__
+    kind = type(layer).__name__
     if not trained:
         return CoverageRow(name, kind, 0, "frozen", "no trained weights")
     weights = _size(trained)

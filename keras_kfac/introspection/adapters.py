@@ -7,7 +7,8 @@ several affine maps has one for each. Outputs are those before the layer's activ
 """
 
 import abc
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
@@ -44,6 +45,23 @@ def layer_path(layer: keras.Layer) -> str:
     return getattr(layer, "path", None) or layer.name
 
 
+def report_names(layers: Iterable[keras.Layer]) -> dict[int, str]:
+    """Names for reports, by `id` of the layer: paths, numbered where Keras has several alike.
+
+    Example:
+    >>> twins = [keras.layers.Dense(1, name="twin") for _ in range(2)]
+    >>> list(report_names(twins).values())
+    ['twin', 'twin (2)']
+    """
+    counts: Counter[str] = Counter()
+    names: dict[int, str] = {}
+    for layer in layers:
+        path = layer_path(layer)
+        counts[path] += 1
+        names[id(layer)] = path if counts[path] == 1 else f"{path} ({counts[path]})"
+    return names
+
+
 class LayerAdapter(abc.ABC):
     """A layer, or a part of one, whose weights have a curvature block.
 
@@ -52,6 +70,7 @@ class LayerAdapter(abc.ABC):
         part: Which part of the layer it is; empty if it is the whole.
         reduces: Whether inputs are averaged, and gradients summed, over positions first.
         max_factor_size: A factor of more rows is kept in blocks.
+        report_names: What layers are called in reports, by `id`; others by their path.
         has_isotropic_outputs: Whether of the output factor no more than its mean eigenvalue is
             kept.
     """
@@ -67,6 +86,7 @@ class LayerAdapter(abc.ABC):
         self.layer = layer
         self.reduces = False
         self.max_factor_size = MAX_FACTOR_SIZE
+        self.report_names: Mapping[int, str] = {}
         self.has_isotropic_outputs = False
         self._trained = trained
 
@@ -95,7 +115,11 @@ class LayerAdapter(abc.ABC):
     @property
     def path(self) -> str:
         """What the block is called in reports."""
-        return f"{layer_path(self.layer)}/{self.part}".rstrip("/")
+        return self._path_of(self.layer)
+
+    def _path_of(self, layer: keras.Layer) -> str:
+        """The name of the layer, and what the adapter is of it."""
+        return f"{self.report_names.get(id(layer)) or layer_path(layer)}/{self.part}".rstrip("/")
 
     @property
     @abc.abstractmethod

@@ -5,7 +5,7 @@ are sums over the rows that each layer has anyway.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -51,16 +51,15 @@ def example_jacobians(
         ValueError: If a layer has no gradients of single examples.
     """
     singles = [by_example(adapter) for adapter in adapters]
-    calls = [_calls(forward_pass, single) for single in singles]
+    layers = [layer for single in singles for layer in single.layers]
+    calls = [_observed(forward_pass, single) for single in singles]
     width = outputs.shape[-1]
 
     def row(index: tf.Tensor) -> list[tf.Tensor]:
         vector = tf.one_hot(index, width, dtype=outputs.dtype)
         vectors = tf.broadcast_to(vector, tf.shape(outputs))
-        layers = [single.layer for single in singles]
         arrived = forward_pass.output_gradients(layers, outputs, vectors)
-        each = zip(singles, calls)
-        return [_gradients(single, arrived[id(single.layer)], own) for single, own in each]
+        return [_gradients(single, arrived, own) for single, own in zip(singles, calls)]
 
     dtypes = [single.variables[0].dtype for single in singles]
     rows = tf.map_fn(row, tf.range(width), fn_output_signature=dtypes, parallel_iterations=1)
@@ -71,23 +70,27 @@ def example_jacobians(
     ]
 
 
-def _calls(forward_pass: ForwardPass, adapter: LayerAdapter) -> dict[int, Sequence[Any]]:
-    """What is seen of each call that uses the weights of an adapter, by place among all."""
-    calls = enumerate(forward_pass.calls[id(adapter.layer)])
-    return {index: adapter.observed(call) for index, call in calls if adapter.takes_part_in(call)}
+def _observed(forward_pass: ForwardPass, adapter: ExactAdapter) -> dict[Any, Sequence[Any]]:
+    """What is seen of each call that uses the weights of an adapter, by its place."""
+    calls = adapter.calls(forward_pass).items()
+    return {place: adapter.observed(call) for place, call in calls}
 
 
 def _gradients(
-    adapter: ExactAdapter, arrived: Sequence[Any], calls: dict[int, Sequence[Any]]
+    adapter: ExactAdapter,
+    arrived: Mapping[int, Sequence[Any]],
+    calls: Mapping[Any, Sequence[Any]],
 ) -> tf.Tensor:
     """Gradients of the weights, `[batch, weights]`, summed over the calls."""
     dtype = adapter.variables[0].dtype
 
-    def cast(thing: Any) -> Any:
-        return tf.cast(thing, dtype) if tf.is_tensor(thing) else thing
+    def cast(things: Any) -> Any:
+        return tf.nest.map_structure(
+            lambda thing: tf.cast(thing, dtype) if tf.is_tensor(thing) else thing, things
+        )
 
     parts = [
-        adapter.output_rows(tf.nest.map_structure(cast, arrived[index]), *map(cast, observed))
-        for index, observed in calls.items()
+        adapter.output_rows(cast(adapter.arrived(arrived, place)), *cast(observed))
+        for place, observed in calls.items()
     ]
     return tf.squeeze(tf.add_n(parts), axis=-2)

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac import _keras_internals
-from keras_kfac.introspection.adapters import Gradients, LayerAdapter, layer_path
+from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.forward_pass import LayerCall, instance_attribute
 from keras_kfac.introspection.recurrent_steps import Steps, steps_of
 from keras_kfac.math import patches
@@ -77,7 +77,7 @@ class RecurrentAdapter(LayerAdapter):
     @property
     def path(self) -> str:
         """What the block is called in reports."""
-        return f"{layer_path(self._cell)}/{self.part}".rstrip("/")
+        return self._path_of(self._cell)
 
     @property
     def variables(self) -> list[keras.Variable]:

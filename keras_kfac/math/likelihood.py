@@ -27,6 +27,7 @@ from keras_kfac.math.families import form_of
 from keras_kfac.math.huber import Huber
 from keras_kfac.math.information import Form, Parameters
 from keras_kfac.math.linalg import scalar, upper_triangle
+from keras_kfac.math.log_normal import LogNormalLessOne
 
 tfd = tfp.distributions
 
@@ -204,6 +205,20 @@ class Likelihood(OutputCurvature):
                 f"position. Received: outputs of shape {outputs.shape}, and {distribution}"
             )
         return distribution
+
+    def of_targets(self, outputs: tf.Tensor) -> Any:
+        """The same as `distribution`, but of the targets where that is of their logarithms.
+
+        Example:
+        >>> likelihood = Likelihood(normal_of_logarithm)
+        >>> likelihood.of_targets(tf.constant([[3.0]])).sample(seed=[0, 1]).shape.as_list()
+        [1, 1]
+        """
+        distribution = self.distribution(outputs)
+        if self.make is not normal_of_logarithm:
+            return distribution
+        logarithms = distribution.distribution
+        return tfd.Independent(LogNormalLessOne(logarithms.loc, logarithms.scale), 1)
 
     def sampled_vector(self, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """`√w` times the gradient of `-log r(ŷ | f)` for targets sampled from the model."""

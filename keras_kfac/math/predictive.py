@@ -42,8 +42,8 @@ def with_noise(make: Make, means: tf.Tensor, covariance: tf.Tensor) -> Any:
     with tf.GradientTape() as tape:
         tape.watch(means)
         distribution = make(means)
-        inner = getattr(distribution, "distribution", distribution)
-        if not isinstance(inner, tfd.Normal):
+        inner = _of_each_number(distribution)
+        if not isinstance(inner, tfd.Normal) or distribution.event_shape.rank > 1:
             return None
         scale = inner.scale
     size = inner.batch_shape.num_elements()
@@ -52,7 +52,7 @@ def with_noise(make: Make, means: tf.Tensor, covariance: tf.Tensor) -> Any:
     if tf.reduce_any(tf.reshape(inner.mean(), means.shape) != means):
         return None
     covariance += tf.linalg.diag(tf.reshape(inner.variance(), means.shape))
-    if inner is distribution:  # One number at each position.
+    if distribution.event_shape.rank == 0:  # One number at each position.
         return tfd.Normal(inner.loc, tf.reshape(tf.sqrt(covariance), inner.batch_shape))
     return tfd.MultivariateNormalTriL(means, tf.linalg.cholesky(covariance))
 
@@ -76,7 +76,7 @@ def probit(make: Make, logits: tf.Tensor, variances: tf.Tensor) -> Any:
     classification".
     """
     distribution = make(logits / tf.sqrt(1 + math.pi / 8 * variances))
-    inner = getattr(distribution, "distribution", distribution)
+    inner = _of_each_number(distribution)
     if not isinstance(inner, (tfd.Categorical, tfd.Bernoulli)):
         raise ValueError(f"method='probit' is for classes. Received: {distribution}")
     return distribution
@@ -99,3 +99,8 @@ def mixture(make: Make, outputs: tf.Tensor) -> Any:
         return tfd.Categorical(probs=tf.reduce_mean(each.probs_parameter(), axis=-2))
     weights = tf.zeros(tf.shape(outputs)[:-1], outputs.dtype)
     return tfd.MixtureSameFamily(tfd.Categorical(logits=weights), each)
+
+
+def _of_each_number(distribution: Any) -> Any:
+    """What an `Independent` joins; others that are made of a distribution are another one."""
+    return distribution.distribution if isinstance(distribution, tfd.Independent) else distribution
