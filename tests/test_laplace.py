@@ -153,6 +153,15 @@ class TestCovariance:
             if name == "ekfac":
                 assert_close([np.trace(f) for f in found], [np.trace(e) for e in expected])
 
+    def test_a_layer_that_is_called_twice(self):
+        inputs, twice = keras.Input((4,), dtype="float64"), layers.Dense(4, "tanh", dtype="float64")
+        outputs = layers.Dense(2, dtype="float64")(twice(twice(inputs)))
+        model = compiled(keras.Model(inputs, outputs), LOSS["mse"].make())
+        x, y = RNG.normal(size=(5, 4)), RNG.normal(size=(5, 2))
+        found = precisions(laplace(model, x, prior_precision=TAU, curvature="full"))
+        for block, ggn in zip(found, ggn_blocks(model, LOSS["mse"], x, y), strict=True):
+            assert_close(block, ggn + TAU * np.eye(len(ggn)))
+
     def test_counts_the_data(self):
         """Data three times over, in a dataset of uneven batches, are three times as precise."""
         model = compiled(mlp((4, 3, 3)), LOSS["mse"].make())

@@ -18,10 +18,14 @@ from keras_kfac import _keras_internals
 from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
 from keras_kfac.math import factors
 from keras_kfac.math.example_gradients import OneHot
+from keras_kfac.math.rows import Starts
 from keras_kfac.math.structure import Structure, Structures
 
 Gradients = dict[int, tf.Tensor]
 """Gradients (or directions) of a layer's variables, by `id` of the variable."""
+
+Arrived = Sequence[tuple[Any, Sequence[Any]]]
+"""Of each call of a layer: the gradients of its outputs, and what was observed."""
 
 # A factor of more rows than this is kept in blocks on its diagonal, unless a user says otherwise:
 # inverting it would hold up a step, and preconditioning by it all steps. 512 and a bias are not
@@ -213,6 +217,15 @@ class LayerAdapter(abc.ABC):
     def output_factor(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """The output factor of a call, given the gradients of its outputs."""
         return factors.output_factor(self.output_rows(gradients, *observed), self.structures[1])
+
+    def output_factor_of_calls(self, calls: Arrived, starts: Starts) -> tf.Tensor:
+        """The output factor of all calls in a pass: terms of one sum, as positions are.
+
+        Args:
+            calls: What arrived at each of them.
+            starts: Where the examples of each are among those of all; see `math.rows.aligned`.
+        """
+        return tf.add_n([self.output_factor(gradients, *seen) for gradients, seen in calls])
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """What the output rows of a call depend on beside the gradients.

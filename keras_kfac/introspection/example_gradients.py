@@ -7,10 +7,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.adapters import Arrived, Gradients, LayerAdapter
 from keras_kfac.introspection.forward_pass import LayerCall
 from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.math import example_gradients as math_of
+from keras_kfac.math import factors
+from keras_kfac.math.rows import Starts
 from keras_kfac.math.structure import Structure, Structures
 
 
@@ -64,16 +66,19 @@ class ExampleGradientsAdapter(ExactAdapter):
         """The inputs, and what the other adapter looks at."""
         return (call.inputs, *self._base.observed(call))
 
-    def output_factor(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
+    def output_factor_of_calls(self, calls: Arrived, starts: Starts) -> tf.Tensor:
         """The Fisher matrix of the weights, or its diagonal."""
-        if not self.structures[1].is_diagonal:
-            return super().output_factor(gradients, *observed)
-        squares = math_of.squared_gradients(*self._row_pairs(gradients, *observed))
-        return tf.reshape(squares, [-1])
+        pair = self._row_pair(calls, starts)
+        if self.structures[1].is_diagonal:
+            return tf.reshape(math_of.squared_gradients(*pair), [-1])
+        return factors.output_factor(self._rows(pair), self.structures[1])
 
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
         """Gradients of the weights for each example: `[batch, 1, d_out]`."""
-        each = math_of.example_gradients(*self._row_pairs(gradients, *observed))
+        return self._rows(self._row_pair([(gradients, observed)]))
+
+    def _rows(self, pair: math_of.RowPair) -> tf.Tensor:
+        each = math_of.example_gradients(*pair)
         if self._base.groups is not None:
             each = tf.transpose(each, [1, 0, 2, 3])
         return tf.reshape(each, [-1, 1, self.dims[1]])
@@ -86,10 +91,10 @@ class ExampleGradientsAdapter(ExactAdapter):
         """Inverse of `to_matrix`."""
         return self._base.from_matrix(tf.reshape(matrix, self._base.matrix_shape))
 
-    def _row_pairs(
-        self, gradients: tf.Tensor, *observed: Any
-    ) -> tuple[tf.Tensor | math_of.OneHot, tf.Tensor]:
-        return self._base.row_pairs(observed[0], gradients, *observed[1:])
+    def _row_pair(self, calls: Arrived, starts: Starts = None) -> math_of.RowPair:
+        """The rows of all calls: each has positions of its own."""
+        each = [self._base.row_pairs(seen[0], gradients, *seen[1:]) for gradients, seen in calls]
+        return math_of.of_all_uses(each, starts)
 
 
 class RotatedSquaresAdapter(ExampleGradientsAdapter):
@@ -110,9 +115,7 @@ class RotatedSquaresAdapter(ExampleGradientsAdapter):
         size = math.prod(sizes) * (self._base.groups or 1)
         return Structure(1), Structure(size, is_diagonal=True)
 
-    def _row_pairs(
-        self, gradients: tf.Tensor, *observed: Any
-    ) -> tuple[tf.Tensor | math_of.OneHot, tf.Tensor]:
-        pairs = super()._row_pairs(gradients, *observed)
-        inputs, outputs = map(math_of.rotated, pairs, self._bases, self._base.structures)
+    def _row_pair(self, calls: Arrived, starts: Starts = None) -> math_of.RowPair:
+        pair = super()._row_pair(calls, starts)
+        inputs, outputs = map(math_of.rotated, pair, self._bases, self._base.structures)
         return inputs, outputs

@@ -122,8 +122,7 @@ class ForwardPass:
             output_gradients=vectors,
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        # Of outputs that are gathered from, they can be a few rows.
-        return tf.nest.map_structure(tf.convert_to_tensor, found)
+        return tf.nest.map_structure(_shaped, found, sources)
 
     def layers_behind(self, target: tf.Tensor) -> set[int]:
         """The layers that a tensor depends on, by `id`."""
@@ -134,6 +133,15 @@ class ForwardPass:
             for key, gradients in found.items()
             if any(gradient is not None for gradient in tf.nest.flatten(gradients))
         }
+
+
+def _shaped(gradient: Any, output: tf.Tensor) -> tf.Tensor:
+    """A gradient as a tensor of which is known what is known of the output."""
+    # Of an output that is gathered from, it can be a few rows; within a loop, that of a product
+    # with more than two axes has none of a known size.
+    tensor = tf.convert_to_tensor(gradient)
+    tensor.set_shape(output.shape)
+    return tensor
 
 
 class _Recording(threading.local):

@@ -7,8 +7,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import Gradients, LayerAdapter, own_variables
+from keras_kfac.introspection.adapters import Arrived, Gradients, LayerAdapter, own_variables
 from keras_kfac.introspection.forward_pass import LayerCall
+from keras_kfac.math import factors
+from keras_kfac.math.rows import Starts, aligned
 from keras_kfac.math.structure import Structure, Structures
 
 # Up to so many weights have a full block: a matrix that costs next to nothing to invert.
@@ -48,6 +50,11 @@ class ExactAdapter(LayerAdapter):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The constant 1."""
         return tf.ones(self.factor_shapes[0], dtype), tf.ones((), dtype)
+
+    def output_factor_of_calls(self, calls: Arrived, starts: Starts) -> tf.Tensor:
+        """The moment of gradients that are sums over the calls of an example."""
+        rows = [self.output_rows(gradients, *seen) for gradients, seen in calls]
+        return factors.output_factor(tf.add_n(aligned(rows, starts, 0)), self.structures[1])
 
 
 class PerExampleAdapter(ExactAdapter):

@@ -10,6 +10,7 @@ from keras_kfac.introspection.batch_part import BatchPart, places_of, whole_over
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import Term
 from keras_kfac.math.linalg import with_rank
+from keras_kfac.math.rows import Starts
 
 Placed = dict[int, dict[Any, Any]]
 """Of each adapter and each of its calls: by `id` of the adapter and place of the call."""
@@ -142,6 +143,26 @@ class ScoredPass(NamedTuple):
         """Whether the first axis is the batch, or of the same length by chance."""
         is_as_long = tf.equal(tf.shape(tensor)[0], self.batch)
         return tf.constant(False) if self._is_other(tensor) else is_as_long
+
+    def starts(self, adapter: LayerAdapter) -> Starts:
+        """Where the examples of each call are among those of all.
+
+        The first are those of the batch, in all calls whose first axis it is. What other calls have
+        instead is nobody's, and has places of its own.
+        """
+        calls = list(adapter.calls(self.forward_pass).values())
+        if len(calls) == 1:
+            return None
+        outputs = [tf.nest.flatten(call.outputs)[0] for call in calls]
+        sizes = {out.shape[0] for out in outputs}
+        if sizes == {self.coefficients[0].shape[0]} - {None}:
+            return None  # As is plain before it runs.
+        result, end = [], tf.shape(self.weights[0])[0]
+        for out in outputs:
+            has_batch = self._has_batch(out)
+            result.append(tf.where(has_batch, 0, end))
+            end += tf.where(has_batch, 0, tf.shape(out)[0])
+        return result
 
     def arrived(
         self,

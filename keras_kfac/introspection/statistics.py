@@ -67,7 +67,8 @@ def collect(
     """Computes the Kronecker factors of all adapted layers.
 
     Several forward passes, and several calls of a layer in one, are terms of one sum: the loss
-    adds them up, so do the output factors; the input factors average over all rows.
+    adds them up, so do the output factors; the input factors average over all rows. Exact blocks
+    have the products between the calls of an example, too.
 
     Args:
         passes: Forward passes that make up the loss of the step, with its terms.
@@ -149,12 +150,13 @@ def _of_passes(
     dtype: tf.DType,
 ) -> Sequence[tf.Tensor]:
     """The sums over some passes backwards, for each adapter."""
+    starts = [item.starts(adapter) for adapter in adapters]
 
     def of_pass(index: tf.Tensor) -> list[tf.Tensor]:
         each = item.arrived(adapters, *backward.start(index), dtype)
         return [
-            tf.add_n([adapter.output_factor(g, *seen) for g, seen in calls])
-            for adapter, calls in zip(adapters, each)
+            adapter.output_factor_of_calls(calls, own)
+            for adapter, calls, own in zip(adapters, each, starts)
         ]
 
     def add_pass(index: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:

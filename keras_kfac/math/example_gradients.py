@@ -5,11 +5,12 @@ sum comes first, then the square. (George et al. (2018), arXiv:1806.03884, secti
 squared are gradients of examples, not of positions.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_kfac.math.rows import Starts, aligned
 from keras_kfac.math.structure import Structure
 
 # So many numbers of gradients are in memory at a time.
@@ -46,12 +47,49 @@ def example_gradients(inputs: tf.Tensor | OneHot, outputs: tf.Tensor) -> tf.Tens
     """
     if isinstance(inputs, OneHot):
         return _one_hot_gradients(inputs, outputs)
+    return tf.matmul(*_paired(inputs, outputs), transpose_a=True)
+
+
+def _paired(inputs: tf.Tensor, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Rows of as many positions: summed up where one stands for all on the other side."""
     inputs = _used(inputs, outputs)
     if inputs.shape[-2] == 1:
         outputs = tf.reduce_sum(outputs, axis=-2, keepdims=True)
     elif outputs.shape[-2] == 1:
         inputs = tf.reduce_sum(inputs, axis=-2, keepdims=True)
-    return tf.matmul(inputs, outputs, transpose_a=True)
+    return inputs, outputs
+
+
+RowPair = tuple[tf.Tensor | OneHot, tf.Tensor]
+"""Rows of inputs and of outputs, position by position."""
+
+
+def of_all_uses(pairs: Sequence[RowPair], starts: Starts = None) -> RowPair:
+    """Row pairs of several uses of a matrix as those of one use, at the positions of all.
+
+    Args:
+        pairs: Those of each use, all of one kind.
+        starts: Where the examples of each are among those of all; see `rows.aligned`.
+
+    Example:
+    >>> rows = tf.constant([[[1.0], [2.0]]])
+    >>> pair = of_all_uses([(rows, 10 * rows), (rows[:, :1], rows[:, :1])])
+    >>> squared_gradients(*pair).numpy().tolist()
+    [[2601.0]]
+    """
+    if len(pairs) == 1:
+        return pairs[0]
+    one_hot = [inputs for inputs, _ in pairs if isinstance(inputs, OneHot)]
+    if one_hot:
+        indices = tf.concat(aligned([rows.indices for rows in one_hot], starts, 0), axis=1)
+        outputs = tf.concat(aligned([own for _, own in pairs], starts, 0), axis=1)
+        return OneHot(indices, one_hot[0].size), outputs
+    axis = pairs[0][1].shape.rank - 3
+    inputs, outputs = (
+        tf.concat(aligned(rows, starts, axis), axis=-2)
+        for rows in zip(*(_paired(*pair) for pair in pairs))
+    )
+    return inputs, outputs
 
 
 def _one_hot_gradients(inputs: OneHot, outputs: tf.Tensor) -> tf.Tensor:

@@ -8,6 +8,9 @@ import tensorflow as tf
 from keras_kfac.math import factors
 from keras_kfac.math.structure import Structure
 
+Starts = Sequence[tf.Tensor] | None
+"""Where each of several tensors starts on an axis of all; `None` if they have it in common."""
+
 
 def masked_moment(
     rows: tf.Tensor,
@@ -79,3 +82,31 @@ def rows_of_positions(tensor: tf.Tensor) -> tf.Tensor:
         return tensor[:, tf.newaxis, :]
     positions = -1 if None in tensor.shape[1:-1] else math.prod(tensor.shape[1:-1])
     return tf.reshape(tensor, [tf.shape(tensor)[0], positions, tensor.shape[-1]])
+
+
+def aligned(tensors: Sequence[tf.Tensor], starts: Starts, axis: int) -> list[tf.Tensor]:
+    """Tensors with zeros before and behind them, so that an axis is the same for all.
+
+    Args:
+        tensors: What starts at one place belongs together: entry by entry.
+        starts: Where each begins, int32 scalars.
+        axis: The axis, in `[0, rank)`.
+
+    Example:
+    >>> first, second = aligned([tf.ones([2]), tf.ones([1])], [0, 2], axis=0)
+    >>> first.numpy().tolist(), second.numpy().tolist()
+    ([1.0, 1.0, 0.0], [0.0, 0.0, 1.0])
+    """
+    if starts is None:
+        return list(tensors)
+    ends = [start + tf.shape(tensor)[axis] for start, tensor in zip(starts, tensors)]
+    end = tf.reduce_max(ends)
+    padded = []
+    for tensor, start, own_end in zip(tensors, starts, ends):
+        around = [[0, 0]] * tensor.shape.rank
+        around[axis] = [start, end - own_end]
+        result = tf.pad(tensor, around)
+        # What is known of the other axes gets lost.
+        result.set_shape([*tensor.shape[:axis], None, *tensor.shape[axis + 1 :]])
+        padded.append(result)
+    return padded
