@@ -3,10 +3,10 @@
     python benchmarks/structures.py [--seconds 16] [--mnist mnist.npz] [--fashion fashion_mnist.npz]
 
 `KFAC(curvature=...)` without another setting, each structure from the same weights on the same
-batches of the problems of `problems.py`. Evaluation and the first two steps, which trace and
-compile, are not counted. Every curve is written to a JSON file with the environment; `--report`
-prints the table in docs/curvature.md; `--problem` and `--seeds` measure some again and keep the
-others.
+batches of the problems of `problems.py`, and of one more for those that keep a matrix of all
+weights of a layer or of the model. Evaluation and the first two steps, which trace and compile, are
+not counted. Every curve is written to a JSON file with the environment; `--report` prints the table
+in docs/curvature.md; `--problem` and `--seeds` measure some again and keep the others.
 """
 
 import json
@@ -16,19 +16,38 @@ import keras
 import numpy as np
 from defaults import ROOT, Clock, arguments, milliseconds_per_step
 from environment import environment
-from problems import PROBLEMS, load
+from problems import PROBLEMS, Problem, dense, load
 
 from keras_kfac import KFAC, KFACCallback
 
 EVALUATIONS = 4
 PATH = ROOT / "benchmarks" / "results" / "structures.json"
-# `"full"` and `"dense"` are for smaller networks: here they would take gigabytes, and far more.
 STRUCTURES = ("kfac", "ekfac", "input", "inverse_free", "diagonal", "tridiagonal")
+# Larger networks would take gigabytes, and far more; this one has 1617 weights.
+OF_SMALL = (*STRUCTURES, "linear_exact", "full", "dense")
+SMALL = {
+    "small net, same table, batch 256": Problem(
+        "table",
+        lambda: dense([32, 24], "tanh", 1),
+        lambda: keras.losses.MeanSquaredError(),
+        256,
+    )
+}
+ALL = PROBLEMS | SMALL
+
+
+def structures_of(name: str) -> tuple[str, ...]:
+    """Those to compare on a problem."""
+    if name in SMALL:
+        return OF_SMALL
+    if "transformer" in name:  # No chain.
+        return tuple(s for s in STRUCTURES if s != "tridiagonal")
+    return STRUCTURES
 
 
 def run(name: str, curvature: str, data: dict, seconds: float, seed: int) -> dict:
     """Trains one network."""
-    problem = PROBLEMS[name]
+    problem = ALL[name]
     x, y = data[problem.data]
     keras.utils.set_random_seed(seed)
     model = keras.Sequential([keras.Input(x.shape[1:]), *problem.network()])
@@ -52,8 +71,8 @@ def report(result: dict) -> str:
         "| factors and inverses (MiB) |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in PROBLEMS:
-        for curvature in STRUCTURES:
+    for name in ALL:
+        for curvature in structures_of(name):
             runs = [
                 r
                 for r in result["runs"]
@@ -79,14 +98,12 @@ def main() -> None:
     result = json.loads(PATH.read_text()) if PATH.exists() else {"environments": {}, "runs": []}
     if not args.report:
         data = load(args)
-        for name in (n for n in PROBLEMS if args.problem in n):
+        for name in (n for n in ALL if args.problem in n):
             for seed in args.seeds:
                 result["environments"][f"{name}, seed {seed}"] = environment()
                 others = (r for r in result["runs"] if (r["problem"], r["seed"]) != (name, seed))
                 result["runs"] = list(others)
-                for curvature in STRUCTURES:
-                    if curvature == "tridiagonal" and "transformer" in name:
-                        continue  # No chain.
+                for curvature in structures_of(name):
                     found = run(name, curvature, data, args.seconds, seed)
                     result["runs"].append(found)
                     PATH.write_text(json.dumps(result, indent=1))

@@ -80,8 +80,8 @@ class KFAC(SteppingOptimizer):
             `LearningRateSchedule` of the iterations: what is added to the curvature, in units of
             the loss per squared weight. It takes effect when the inverses are next refreshed.
             Larger is more like gradient descent. Scale a fixed one with the loss. 0 is allowed;
-            factors that are singular then are reported, and keep their previous inverse. An L2
-            regulariser of a kernel adds to the damping of its layer.
+            factors that are singular then are reported, and keep their previous inverse. L2
+            regularisers of weights add to their damping.
         momentum: `"adaptive"`, or `μ` in [0, 1), float or `LearningRateSchedule`.
         factor_ema_decay: Decay in [0, 1) of the moving averages of the factors, for each update;
             float or `LearningRateSchedule`. It is lower at first, so that the factors remember no

@@ -63,8 +63,9 @@ def natural_gradient(
         Loss, gradients and directions `(Jᵀ J + λ I)⁻¹ ∇`.
 
     Raises:
-        ValueError: Without variables, for a negative damping or cut-off, for points of another
-            structure than the functions, or if the residuals depend on none of the variables.
+        ValueError: Without variables or for those of several dtypes, for a negative damping or
+            cut-off, for points of another structure than the functions, or if the residuals depend
+            on none of the variables.
 
     Example:
     >>> w = keras.Variable([0.0, 0.0], dtype="float64")
@@ -79,6 +80,12 @@ def natural_gradient(
     variables = list(variables)
     if not variables:
         raise ValueError("`variables` must not be empty. Received: variables=[]")
+    dtypes = {tf.as_dtype(v.dtype).name for v in variables}
+    if len(dtypes) > 1:
+        raise ValueError(
+            "`variables` must be of one dtype: their Jacobian is one matrix. Received: "
+            f"dtypes {sorted(dtypes)}"
+        )
     if not tf.is_tensor(damping) and not damping >= 0:
         raise ValueError(f"`damping` must be at least 0. Received: damping={damping!r}")
     if cutoff is not None and not cutoff >= 0:

@@ -215,20 +215,17 @@ def check_damping_bounds(
         )
 
 
-# Structures that know gradients by their output factor alone.
-_OF_FACTORS = ("kfac", "input", "inverse_free", "linear_exact")
-
-
 def check_fisher(value: str, curvature: Curvature) -> str:
     """Checks the name of a kind of Fisher matrix, for a structure of curvature."""
     choices = [str(member) for member in Fisher]
     if value not in choices:
         raise ValueError(f"`fisher` must be one of {choices}. Received: fisher={value!r}")
     names = curvature.values() if isinstance(curvature, Mapping) else [curvature]
-    if value == Fisher.FORWARD_ONLY and not all(name in _OF_FACTORS for name in names):
+    without = [name for name, block in STRUCTURES.items() if not block.needs_gradients]
+    if value == Fisher.FORWARD_ONLY and not all(name in without for name in names):
         raise ValueError(
             "fisher='forward_only' has no gradients of single examples, which structures other "
-            f"than {_OF_FACTORS} are made of. Received: curvature={curvature!r}"
+            f"than {without} are made of. Received: curvature={curvature!r}"
         )
     return str(value)
 

@@ -179,14 +179,14 @@ class TestEigenbasis:
 # ---- Steps --------------------------------------------------------------------------------------
 
 
-def one_step(curvature, batches=1, **options):
+def one_step(curvature, batches=1, examples=9, **options):
     """A float64 network before and after the last of some steps, its optimizer and last batch."""
     fixed = {"momentum": 0.0, "learning_rate": 1.0, "damping": 0.3, "kl_clip": None}
     model = mlp((5, 4, 3))
     optimizer = helpers.kfac(curvature=curvature, **(fixed | {"fisher": "exact"} | options))
     model.compile(optimizer.attach(model), MSE())
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(batches, 9, 5)), rng.normal(size=(batches, 9, 3))
+    x, y = (rng.normal(size=(batches, examples, d)) for d in (5, 3))
     for own in range(batches):
         before = model.get_weights()
         with tf.GradientTape() as tape:
@@ -214,6 +214,29 @@ class TestSteps:
         _, steps, gradients, fisher = one_step("diagonal")
         for step, gradient, own in zip(steps, gradients, fisher):
             assert_close(step, -gradient / (np.diag(own) + 0.3))
+
+    def test_diagonal_of_the_empirical_fisher_matrix(self):
+        """Squares of the gradients of single examples, over `w = 2/3` of `-w log r`."""
+        _, steps, gradients, _ = one_step("diagonal", fisher="empirical")
+        model, rng = mlp((5, 4, 3)), np.random.default_rng(0)
+        x, y = rng.normal(size=(9, 5)), rng.normal(size=(9, 3))
+        squares = 0
+        for i in range(9):
+            with tf.GradientTape() as tape:
+                loss = MSE()(y[i : i + 1], model(x[i : i + 1]))
+            found = by_layer(tape.gradient(loss, [v.value for v in model.trainable_variables]))
+            squares += np.square(np.concatenate(found)) * 3 / 2 / 9
+        step, gradient = map(np.concatenate, (steps, gradients))
+        assert_close(step, -gradient / (squares + 0.3))
+
+    def test_of_one_datum_are_the_same(self):
+        """Identity 5: then a layer's Fisher matrix is a Kronecker product."""
+        full, *others = (
+            np.concatenate(one_step(curvature, examples=1, exact_damping=True)[1])
+            for curvature in ("full", "kfac", "ekfac")
+        )
+        for other in others:
+            assert_close(other, full, 1e-10)
 
     @pytest.mark.parametrize("exact_damping", [False, True])
     def test_input(self, exact_damping):
@@ -257,6 +280,43 @@ class TestSteps:
             assert_close(after.eigenvalues, before.diagonal_in(after, values))
             product = ExactInverse.of(block.input_factor, block.output_factor, 0.3).eigenvalues
             assert np.abs(after.eigenvalues - product).max() > 1e-3 * np.abs(product).max()
+
+    def test_condition_number_of_ekfac_is_that_of_what_it_divides_by(self):
+        optimizer, *_ = one_step("ekfac", 2, damping=1e-3, learning_rate=0.1)
+        for block in optimizer._known.curvature.blocks:
+            damped = block.inverse.eigenvalues + block.inverse.damping
+            ratio = np.max(damped) / np.min(damped)
+            assert_close(block.inverse.condition_number, ratio)
+            plain = ExactInverse.of(block.input_factor, block.output_factor, 1e-3)
+            assert abs(plain.condition_number / ratio - 1) > 0.1
+
+    @pytest.mark.parametrize("turned", [False, True], ids=["zeros", "rounding"])
+    def test_ekfac_without_damping_is_the_pseudo_inverse(self, turned):
+        """Each input leads to one output: two thirds of `S` are zero, though no factor is singular.
+
+        What counts are the weights of each with its own; their steps are Newton's.
+        """
+        turn = (
+            np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0] if turned else np.eye(3)
+        )
+        x = np.vstack([np.diag([1.0, 2.0, 3.0])] * 2)
+        y = np.vstack([np.diag([2.0, 6.0, 6.0]), np.diag([1.0, 1.0, 2.0])])
+        own = {"use_bias": False, "activation": "relu", "dtype": "float64"}
+        layer = layers.Dense(3, **own)
+        model = keras.Sequential([keras.Input((3,), dtype="float64"), layer])
+        layer.set_weights([turn.T])
+        options = {"momentum": 0.0, "damping": 0.0, "kl_clip": None, "learning_rate": 0.125}
+        options |= {"curvature": "ekfac", "fisher": "exact", "factor_ema_decay": 0.0}
+        optimizer = helpers.kfac(**options).attach(model)
+        model.compile(optimizer, MSE(), run_eagerly=True)
+        for step in range(4):
+            before = turn @ layer.kernel.numpy()
+            model.train_on_batch(x @ turn, y)
+            if step:  # The first one knows K-FAC's product alone.
+                expected = 0.875 * np.diag(before) + 0.125 * np.array([1.5, 1.75, 4 / 3])
+                assert_close(turn @ layer.kernel.numpy(), np.diag(expected), 1e-12)
+        assert max(optimizer.condition_numbers().values()) == pytest.approx(9.0)
+        assert not optimizer._known.curvature.failed_refreshes()
 
     def test_ekfac_keeps_what_it_knows_when_bases_change(self):
         """The diagonal of the old approximation in the new bases, computed densely."""
@@ -465,6 +525,19 @@ class TestChoice:
         KFAC(curvature="input", fisher="forward_only")
         KFAC(curvature="inverse_free", fisher="forward_only")
         KFAC(curvature={"hidden": "input"}, fisher="forward_only")
+
+
+def test_structures_say_what_they_need(monkeypatch):
+    """A new one is its class and its entry."""
+
+    class Own(STRUCTURES["kfac"]):
+        kind = "own"
+
+    monkeypatch.setitem(STRUCTURES, "own", Own)
+    KFAC(curvature="own", fisher="forward_only")
+    Own.needs_gradients = True
+    with pytest.raises(ValueError, match=r"forward_only' has no gradients.*'own'"):
+        KFAC(curvature="own", fisher="forward_only")
 
 
 def test_input_alone_is_kfac_without_output_factors():

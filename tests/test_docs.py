@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import keras_kfac
+from keras_kfac.curvature import linear_exact
 from keras_kfac.introspection.registry import ADAPTERS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -61,6 +62,11 @@ def test_pages_run_as_printed(name):
     for pattern in PAGES[name]:
         assert re.search(pattern, result.stdout, re.M), result.stdout
     assert "fallback" not in result.stdout
+
+
+def test_contributing_prints_the_smallest_structure():
+    (printed,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    assert printed == inspect.getsource(linear_exact.LinearExactBlock)
 
 
 @pytest.mark.parametrize("name", [name for name in keras_kfac.__all__ if name[0] != "_"])

@@ -135,6 +135,44 @@ class TestDense:
         damped = sum(each) + DAMPING * np.eye(len(each[0]))
         assert_close(step, -np.linalg.solve(damped, flat(gradient)))
 
+    @pytest.mark.filterwarnings("ignore:Gradients do not exist")  # So says Keras.
+    @pytest.mark.usefixtures("either_way")
+    def test_layers_without_gradients_stay(self):
+        """Those of an output without a loss, whatever they did before."""
+        model, twin, (x, y) = TwoHeads(), TwoHeads(), data()
+        _ = model(x), twin(x)
+        options = {"momentum": 0.5, "learning_rate": 1.0, "damping": DAMPING, "kl_clip": None}
+        options |= {"curvature": "dense", "fisher": "exact", "factor_ema_decay": 0.0}
+        optimizer = helpers.kfac(**options).attach(model, MSE())
+        weights = [model.get_weights()]
+        for heads in ((0, 1), (0,)):
+            with tf.GradientTape() as tape:
+                loss = tf.add_n([MSE()(y, model(x, head=h, training=True)) for h in heads])
+            gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+            optimizer.apply(gradients, model.trainable_variables)
+            weights.append(model.get_weights())
+        first, second = (
+            [b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(weights)
+        )
+        assert gradients[-2:] == [None, None] and np.abs(flat(first[-2:])).min() > 0
+        assert not np.any(flat(second[-2:]))
+        twin.set_weights(weights[1])
+        fisher = dense_ggn(twin.with_head(0), MSE(), x, y, twin.trainable_variables[:-2])
+        damped = fisher + DAMPING * np.eye(len(fisher))
+        expected = 0.5 * flat(first[:-2]) - np.linalg.solve(damped, flat(gradients[:-2]))
+        assert_close(flat(second[:-2]), expected)
+
+    @pytest.mark.filterwarnings("ignore:Gradients do not exist")  # So says Keras.
+    def test_layer_without_a_part_of_its_gradients_is_an_error(self):
+        model, (x, y) = mlp((5, 4, 3)), data()
+        optimizer = helpers.kfac(curvature="dense").attach(model, MSE())
+        *others, bias = model.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = MSE()(y, model(x, training=True))
+        gradients = tape.gradient(loss, [v.value for v in (*others, bias)])
+        with pytest.raises(ValueError, match=r"changed after .* without gradients for .*bias'\]"):
+            optimizer.apply([*gradients[:-1], None], [*others, bias])
+
 
 class TwoHeads(keras.Model):
     """A trunk, and one of two layers on it at a time."""
@@ -155,6 +193,56 @@ class TwoHeads(keras.Model):
 
     def with_head(self, head):
         return lambda x, training: self.call(x, head) + 0 * self.call(x, 1 - head)
+
+
+# ---- Regularisers -------------------------------------------------------------------------------
+
+
+class TestRegularisers:
+    """Each weight is damped by its own regulariser, or each layer of a chain by its kernel's."""
+
+    KERNELS = (0.5, 0.125)  # η is twice that.
+
+    def step(self, curvature, **options):
+        with helpers.precision("float64"):
+            model = mlp((5, 4, 3))
+            for layer, l2 in zip(model.layers, self.KERNELS):
+                layer.kernel.regularizer = keras.regularizers.L2(l2)
+            moments = chain_moments(model, data()[0])
+            kernels = [2 * l2 * np.ravel(k.kernel) for l2, k in zip(self.KERNELS, model.layers)]
+            optimizer, step, gradient, fisher = one_step(model, curvature, **options)
+        for place, own in zip((slice(0, 20), slice(24, 36)), kernels):
+            gradient[place] += own
+        return optimizer, step, gradient, fisher, moments
+
+    @pytest.mark.parametrize("curvature", ["dense", "by samples", "full", "diagonal"])
+    def test_of_each_weight(self, curvature, monkeypatch):
+        if curvature == "by samples":
+            monkeypatch.setattr(dense, "MAX_KEPT", 0)
+        name = "dense" if curvature == "by samples" else curvature
+        _, step, gradient, fisher, _ = self.step(name)
+        own = np.repeat([2 * self.KERNELS[0], 0, 2 * self.KERNELS[1], 0], [20, 4, 12, 3])
+        layer = np.repeat([0, 1], [24, 15])
+        if curvature == "full":
+            fisher = np.where(layer[:, None] == layer, fisher, 0)
+        elif curvature == "diagonal":
+            fisher = np.diag(np.diag(fisher))
+        assert_close(step, -np.linalg.solve(fisher + np.diag(DAMPING + own), gradient))
+
+    def test_of_each_layer_of_a_chain(self):
+        optimizer, step, gradient, _, moments = self.step("tridiagonal")
+        dampings = [DAMPING + 2 * l2 for l2 in self.KERNELS]
+        assert_close(step, -dense_chain_inverse(moments, dampings) @ gradient)
+        assert [row.damping for row in optimizer.curvature_summary()] == pytest.approx(dampings)
+
+    def test_have_no_part_in_the_fisher_matrix(self):
+        """As posteriors know it, though the kept eigenbasis is that of both."""
+        optimizer, _, _, fisher, _ = self.step("full", exact_damping=True, learning_rate=0.0)
+        blocks = optimizer._known.curvature.blocks
+        for block, own in zip(blocks, (fisher[:24, :24], fisher[24:, 24:])):
+            basis = block.eigenbasis()
+            rotation = basis.output_basis.numpy()
+            assert_close(rotation * basis.eigenvalues.numpy() @ rotation.T, own)
 
 
 # ---- Tridiagonal --------------------------------------------------------------------------------
@@ -184,12 +272,13 @@ def damped(a, g, damping):
     return a + pi * np.sqrt(damping) * np.eye(len(a)), g + np.sqrt(damping) / pi * np.eye(len(g))
 
 
-def chain_matrix(moments, damping):
+def chain_matrix(moments, dampings):
     """Damped blocks of the layers, and those of neighbours, as one matrix; zeros elsewhere."""
     layers_ = range(len(moments))
+    dampings = np.broadcast_to(dampings, len(moments))
     blocks = [
         [
-            np.kron(*(damped(*moments[i][i], damping) if i == j else moments[i][j]))
+            np.kron(*(damped(*moments[i][i], dampings[i]) if i == j else moments[i][j]))
             * (abs(i - j) <= 1)
             for j in layers_
         ]
@@ -303,6 +392,25 @@ class TestTridiagonal:
         assert (conv.block, logits.block) == ("kronecker", "tridiagonal")
         assert conv.reason == "not 'tridiagonal': it is for chains of Dense layers"
 
+    @pytest.mark.filterwarnings("ignore:Gradients do not exist")  # So says Keras.
+    def test_layers_without_gradients_stay(self):
+        """Of a chain in which they are stopped, and then all others step as without them."""
+        model, (x, y) = mlp((5, 4, 3)), data()
+        first, last = model.layers
+        stop = layers.Lambda(tf.stop_gradient, dtype="float64")
+        model = keras.Sequential([keras.Input((5,), dtype="float64"), first, stop, last])
+        steps = []
+        for curvature in ("kfac", "tridiagonal"):
+            model.set_weights(mlp((5, 4, 3)).get_weights())
+            before = model.get_weights()
+            options = {"fisher": "exact", "momentum": 0.0, "kl_clip": None}
+            optimizer = helpers.kfac(curvature=curvature, **options).attach(model)
+            model.compile(optimizer, MSE(), run_eagerly=True)
+            model.train_on_batch(x, y)
+            steps.append([b - a for a, b in zip(before, model.get_weights())])
+        assert not np.any(flat(steps[1][:2]))
+        assert_close(flat(steps[1]), flat(steps[0]))
+
     def test_without_damping_one_layer_may_tell_all_of_another(self):
         """Of a linear network all gradients are linear maps of those of the last layer."""
         keras.utils.set_random_seed(0)
@@ -325,6 +433,7 @@ def chained(case):
         "parallel": lambda: layers.add([a(inputs), b(inputs)]),
         "twice": lambda: b(a(a(inputs))),
         "inside": lambda: b(keras.Sequential([keras.Input((4,)), a])(inputs)),
+        "output": lambda: [a(inputs), b(a.output)],
         "joined": lambda: b(layers.concatenate([a(inputs), inputs])),
     }
     return keras.Model(inputs, outputs[case]())
@@ -335,6 +444,7 @@ class TestNoChain:
         ("case", "reason"),
         [
             ("parallel", "'a' does not lead to 'b' alone: there is a branch or an end behind 'a'"),
+            ("output", "'a' does not lead to 'b' alone: what 'a' puts out is an output of the mod"),
             ("twice", "'a' is called more than once"),
             ("inside", "a' is inside another layer"),
             ("joined", "'a' does not lead to 'b' alone: there is a branch or an end behind 'a'"),

@@ -191,6 +191,9 @@ def test_wrong_uses_are_refused():
     w = tf.Variable([1.0])
     with pytest.raises(ValueError, match=r"`variables` must not be empty. Received"):
         natural_gradient(lambda: w, [])
+    two = [w, keras.Variable([1.0], dtype="float64")]
+    with pytest.raises(ValueError, match=r"of one dtype: .*Received: .*'float32', 'float64'"):
+        natural_gradient(lambda: w, two)
     with pytest.raises(ValueError, match=r"`damping` must be at least 0. Received: damping=-1"):
         natural_gradient(lambda: w, [w], damping=-1)
     with pytest.raises(ValueError, match=r"`cutoff` must be at least 0. Received: cutoff=-1"):

@@ -9,9 +9,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kfac.curvature.regularization import mean_l2_coefficient
+from keras_kfac.curvature.regularization import (
+    further_l2,
+    least_l2_coefficient,
+    mean_l2_coefficient,
+)
 from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math.inverses import ExactInverse, Inverse, Part, Shape, relative_change
 from keras_kfac.math.linalg import (
@@ -21,6 +26,7 @@ from keras_kfac.math.linalg import (
     inner_product,
     is_diagonal,
     is_finite,
+    plus_diagonal,
     scalar,
     trace,
 )
@@ -66,6 +72,7 @@ class KroneckerBlock:
     is_joint = False  # Whether there is one block for all layers that have the structure.
     replaces_exact = False  # Whether it is for layers, too, that have an exact block as they are.
     needs_rows = False  # Whether its inverse is made of rows of the batch: see `ModelCurvature`.
+    needs_gradients = False  # Whether it is made of gradients of single examples.
     keeps_fisher = True  # Whether `A ⊗ G` is the layer's Fisher matrix, and its factors are kept.
 
     @classmethod
@@ -135,7 +142,10 @@ class KroneckerBlock:
     ) -> None:
         self.adapter = adapter
         self._product_dtype = product_dtype
-        self._l2 = mean_l2_coefficient(adapter.variables)
+        # A Kronecker product is damped by one number, a matrix of the weights by one for each.
+        self._damps_each = isinstance(adapter, ExactAdapter)
+        common = least_l2_coefficient if self._damps_each else mean_l2_coefficient
+        self._l2 = common(adapter.variables)
         dtype = adapter.variables[0].dtype
         averages = self.averages(adapter).items()
         self._averages = [add_variable(name, shape, dtype) for name, shape in averages]
@@ -215,7 +225,8 @@ class KroneckerBlock:
         each = aligned(self._whole_factors(), self._structures)
         values = (f if is_diagonal(f) else tf.linalg.eigvalsh(f) for f in each)
         a, g = (np.repeat(v, s.copies, axis=-1) for v, s in zip(values, self._structures))
-        return [LayerSpectrum(self.adapter.path, a, g, float(damping) + float(self._l2))]
+        damping = float(damping) + mean_l2_coefficient(self.adapter.variables)
+        return [LayerSpectrum(self.adapter.path, a, g, damping)]
 
     def _factors(self) -> list[tf.Tensor]:
         """Those that the block is the product of."""
@@ -229,7 +240,14 @@ class KroneckerBlock:
         """The inverse of the damped factors as they are now; not finite where that fails."""
         damping = scalar(damping, self.input_factor.dtype) + self._l2
         a, g = self._aligned_factors()
+        further = self._further_l2()
+        if further is not None:
+            g = plus_diagonal(g, further[0])
         return self._inverse_type.of(a, g, damping)
+
+    def _further_l2(self) -> tf.Tensor | None:
+        """What regularisers add to the damping of single weights, `[1, weights]`, if they do."""
+        return further_l2(self.adapter, self.input_factor.dtype) if self._damps_each else None
 
     def _aligned_factors(self) -> list[tf.Tensor]:
         """Those to invert, with the axes of the gradient's blocks if it has any."""
@@ -242,7 +260,7 @@ class KroneckerBlock:
         Those that are kept as of the last refresh, if any are, else those of the factors as they
         are now.
         """
-        if self._inverse_type is ExactInverse:
+        if self._inverse_type is ExactInverse and self._further_l2() is None:
             return typing.cast(ExactInverse, self.inverse)
         a, g = self._aligned_factors()
         return ExactInverse.of(a, g, scalar(0.0, a.dtype))

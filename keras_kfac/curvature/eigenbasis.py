@@ -18,9 +18,12 @@ from keras_kfac.introspection.example_gradients import (
 )
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math.inverses import ExactInverse, Inverse
-from keras_kfac.math.linalg import is_finite
+from keras_kfac.math.linalg import epsilon, is_finite
 from keras_kfac.math.moving_average import weighted_average
 from keras_kfac.math.structure import whole_blocks
+
+# Gradients in the bases are rounded by about so many times the precision of the largest.
+_ROUNDING = 8
 
 
 class EigenbasisBlock(KroneckerBlock):
@@ -32,9 +35,13 @@ class EigenbasisBlock(KroneckerBlock):
     `S` is the moving average of the squares of the gradients of single examples in the bases that
     are kept, updated with the factors. When the bases are renewed it becomes the diagonal that the
     old approximation has in the new bases, so that it forgets nothing; at first, that of K-FAC.
+
+    Without damping it is the pseudo-inverse: no gradient of the batches has a part in a direction
+    in which `S` is zero, or is what rounding leaves of that, and there the weights stay.
     """
 
     kind = "ekfac"
+    needs_gradients = True
 
     @classmethod
     def unsuitable(cls, adapter: LayerAdapter) -> str | None:
@@ -69,16 +76,19 @@ class EigenbasisBlock(KroneckerBlock):
         )
         # Before the first refresh there are no bases.
         counts = self._is_refreshed & is_finite(squares)
-        variable.assign(tf.where(counts, average, old))
+        variable.assign(tf.where(counts, _resolved(average), old))
         super().update(statistics, weights, decay)
 
     def invert(self, damping: tf.Tensor) -> ExactInverse:
-        """The inverse in the eigenbases of the factors as they are now."""
+        """The inverse in the eigenbases of the factors as they are now.
+
+        What fills up the last of several blocks counts in its condition number.
+        """
         new, old = cast(ExactInverse, super().invert(damping)), cast(ExactInverse, self.inverse)
         values = tf.where(
             self._is_refreshed, old.diagonal_in(new, old.eigenvalues), new.eigenvalues
         )
-        return new._replace(eigenvalues=values)
+        return new.with_eigenvalues(_resolved(values))
 
     @property
     def _eigenvalues(self) -> keras.Variable:
@@ -94,3 +104,10 @@ class EigenbasisBlock(KroneckerBlock):
         if self.adapter.groups is not None:
             return tf.reshape(squares, [self.adapter.groups, *sizes])
         return whole_blocks(tf.reshape(squares, sizes), self._structures)
+
+
+def _resolved(squares: tf.Tensor) -> tf.Tensor:
+    """Squares `[..., d_in, d_out]` with zeros for what rounding leaves of zeros."""
+    least = (_ROUNDING * epsilon(squares.dtype)) ** 2
+    largest = tf.reduce_max(squares, axis=[-2, -1], keepdims=True)
+    return tf.where(squares > least * largest, squares, tf.zeros_like(squares))

@@ -21,6 +21,7 @@ class FullBlock(KroneckerBlock):
     """`(F + λ I)⁻¹`, of the Fisher matrix `F` of all weights of the layer: nothing approximated."""
 
     replaces_exact = True
+    needs_gradients = True
     max_full_block: float = math.inf
 
     @classmethod

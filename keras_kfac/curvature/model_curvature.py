@@ -1,6 +1,6 @@
 """The curvature of a model: all its blocks, updated and refreshed together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -11,6 +11,7 @@ from keras_kfac.curvature.block import AddVariable, BlockPlan, KroneckerBlock
 from keras_kfac.curvature.spectrum import CurvatureSummary
 from keras_kfac.introspection.adapters import Gradients
 from keras_kfac.introspection.backward_passes import Fisher
+from keras_kfac.introspection.composite import CompositeAdapter
 from keras_kfac.introspection.fisher_rows import fisher_rows
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.gradient_rows import GradientRows
@@ -149,7 +150,7 @@ class ModelCurvature:
             their inner product with the gradients: none and 0 for a block without gradients.
 
         Raises:
-            ValueError: If a part of a block has no gradient.
+            ValueError: If a part of a layer has no gradient.
         """
         inverses = inverses or [block.inverse for block in self.blocks]
         inverses = [_on_batch(*pair, fisher_rows or {}) for pair in zip(self.blocks, inverses)]
@@ -157,8 +158,9 @@ class ModelCurvature:
         results: dict[int, Direction] = {}
         by_rows: list[_Task] = []
         for block, inverse in zip(self.blocks, inverses):
-            task = _Task(block, inverse, _gradients_of(block, gradients))
-            if not task.gradients:
+            present = _gradients_of(block, gradients)
+            task = _Task(block, inverse, _completed(block, present), present.keys())
+            if not present:
                 results[id(block)] = {}, tf.zeros((), self._dtype)
             elif any(block.adapter is adapter for adapter in known):
                 by_rows.append(task)
@@ -199,14 +201,16 @@ class ModelCurvature:
 
 
 class _Task(NamedTuple):
-    """A block to precondition by."""
+    """A block to precondition by, and the variables to step."""
 
     block: KroneckerBlock
     inverse: Inverse
     gradients: Gradients
+    wanted: Collection[int]
 
     def direction(self, pairs: RowPairs | None = None) -> Direction:
-        return self.block.precondition(self.gradients, self.inverse, pairs)
+        directions, product = self.block.precondition(self.gradients, self.inverse, pairs)
+        return {key: own for key, own in directions.items() if key in self.wanted}, product
 
 
 def _on_batch(block: KroneckerBlock, inverse: Any, rows: Mapping[int, tf.Tensor]) -> Any:
@@ -215,16 +219,25 @@ def _on_batch(block: KroneckerBlock, inverse: Any, rows: Mapping[int, tf.Tensor]
 
 
 def _gradients_of(block: KroneckerBlock, gradients: Mapping[int, tf.Tensor]) -> Gradients:
-    variables = block.adapter.variables
-    present = {id(v): gradients[id(v)] for v in variables if id(v) in gradients}
-    if present and len(present) < len(variables):
-        raise ValueError(
-            "The trained weights of a layer changed after K-FAC built its curvature "
-            "block. Compile the model again with a new optimizer after freezing. Received: "
-            f"layer {block.adapter.layer.name!r} without gradients for "
-            f"{[v.path for v in variables if id(v) not in present]}"
-        )
+    """Those of a block: of each of its layers all, or none."""
+    whole, present = block.adapter, Gradients()
+    for adapter in whole.parts if isinstance(whole, CompositeAdapter) else [whole]:
+        own = {id(v): gradients[id(v)] for v in adapter.variables if id(v) in gradients}
+        if own and len(own) < len(adapter.variables):
+            raise ValueError(
+                "The trained weights of a layer changed after K-FAC built its curvature "
+                "block. Compile the model again with a new optimizer after freezing. Received: "
+                f"layer {adapter.layer.name!r} without gradients for "
+                f"{[v.path for v in adapter.variables if id(v) not in own]}"
+            )
+        present |= own
     return present
+
+
+def _completed(block: KroneckerBlock, present: Gradients) -> Gradients:
+    """With zeros for layers without, such as that of an output without a loss."""
+    missing = [v for v in block.adapter.variables if id(v) not in present]
+    return present | {id(v): tf.zeros(v.shape, v.dtype) for v in missing}
 
 
 def _directions_by_rows(tasks: Sequence[_Task], rows: GradientRows) -> list[Direction]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import keras
 import tensorflow as tf
 
+from keras_kfac.introspection.adapters import LayerAdapter
+
 
 def l2_coefficient(variable: keras.Variable) -> float:
     """`η` of the regulariser `½ η Σ w²` of a variable, 0 for none.
@@ -27,6 +29,27 @@ def mean_l2_coefficient(variables: Sequence[keras.Variable]) -> float:
     matrices = [v for v in variables if len(v.shape) > 1] or variables
     sizes = [int(v.value.shape.num_elements()) for v in matrices]
     return sum(n * l2_coefficient(v) for n, v in zip(sizes, matrices)) / sum(sizes)
+
+
+def least_l2_coefficient(variables: Sequence[keras.Variable]) -> float:
+    """The smallest coefficient of all: what it adds to the curvature is a multiple of `I`."""
+    return min(map(l2_coefficient, variables))
+
+
+def further_l2(adapter: LayerAdapter, dtype: str) -> tf.Tensor | None:
+    """What the coefficient of each weight is above the least one, as the gradient's matrix.
+
+    `None` if all are the same.
+    """
+    least = least_l2_coefficient(adapter.variables)
+    further = {id(v): l2_coefficient(v) - least for v in adapter.variables}
+    if not any(further.values()):
+        return None
+    # No constant: there may be millions of weights.
+    filled = {
+        id(v): tf.fill(v.shape, tf.constant(further[id(v)], dtype)) for v in adapter.variables
+    }
+    return adapter.to_matrix(filled)
 
 
 def penalty_change(

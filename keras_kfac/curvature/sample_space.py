@@ -17,7 +17,7 @@ from keras_kfac.math.sample_space import AwaitedInverse
 
 
 class SampleSpaceBlock(KroneckerBlock):
-    """`(Rᵀ R + λ I)⁻¹`, of the rows `R` that the Fisher matrix of the step's own batch is made of.
+    """`(Rᵀ R + λ I + diag η)⁻¹`: the Fisher matrix of the step's own batch is made of the rows `R`.
 
     Of all batches before, no more than the mean eigenvalue of their Fisher matrix is kept, for
     rules of the damping that go by it. A refresh renews `λ` alone. Products are in the precision of
@@ -52,7 +52,9 @@ class SampleSpaceBlock(KroneckerBlock):
     def invert(self, damping: tf.Tensor) -> Any:
         """The inverse in another damping, without its rows."""
         damping = scalar(damping, self.input_factor.dtype) + self._l2
-        return AwaitedInverse.of(self.trace(), damping)
+        further = self._further_l2()
+        most = 0.0 if further is None else tf.reduce_max(further)
+        return AwaitedInverse.of(self.trace(), damping, most)
 
     def spectra(self, damping: tf.Tensor) -> list[LayerSpectrum]:
         """None: there is no matrix."""
@@ -60,7 +62,7 @@ class SampleSpaceBlock(KroneckerBlock):
 
     def _product(self, matrix: Any, inverse: Any) -> Any:
         """The product with the inverse of this batch; the gradient itself where that fails."""
-        direction = tf.cast(inverse.precondition(matrix), matrix.dtype)
+        direction = tf.cast(inverse.precondition(matrix, self._further_l2()), matrix.dtype)
         finite = is_finite(direction)
         self.failed_refreshes.assign_add(tf.cast(~finite, tf.int64))
         return tf.where(finite, direction, matrix)

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock, Parts
+from keras_kfac.curvature.regularization import mean_l2_coefficient
 from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.affine import DenseAdapter
@@ -47,6 +48,7 @@ class TridiagonalBlock(KroneckerBlock):
 
     kind = "tridiagonal"
     keeps_fisher = False
+    needs_gradients = True
     is_joint = True
     adapter: ChainAdapter
 
@@ -121,17 +123,20 @@ class TridiagonalBlock(KroneckerBlock):
 
     def spectra(self, damping: tf.Tensor) -> list[LayerSpectrum]:
         """The eigenvalues of the factors of each layer."""
-        damped = float(damping) + float(self._l2)
         each = [[tf.linalg.eigvalsh(f).numpy() for f in pair] for pair in self._pairs()[0]]
-        return [
-            LayerSpectrum(part.path, a, g, damped) for part, (a, g) in zip(self.adapter.parts, each)
-        ]
+        dampings = [float(own) for own in self._dampings(damping)]
+        paths = [part.path for part in self.adapter.parts]
+        return [LayerSpectrum(path, a, g, d) for path, (a, g), d in zip(paths, each, dampings)]
 
     def invert(self, damping: tf.Tensor) -> Any:
         """The inverse of the damped chain as it is now; not finite where that fails."""
         factors, between = self._pairs()
-        damping = scalar(damping, self.input_factor.dtype) + self._l2
-        return ChainInverse.of(factors, between, damping)
+        return ChainInverse.of(factors, between, self._dampings(damping))
+
+    def _dampings(self, damping: tf.Tensor) -> list[tf.Tensor]:
+        """That of each layer, with its own regulariser."""
+        damping = scalar(damping, self.input_factor.dtype)
+        return [damping + mean_l2_coefficient(part.variables) for part in self.adapter.parts]
 
     @property
     def inverse(self) -> Any:

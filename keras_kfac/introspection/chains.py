@@ -28,6 +28,7 @@ def chain_break(model: keras.Model, layers: Sequence[keras.Layer]) -> str | None
         nodes[id(node.operation)].append(node)
         for tensor in node.inputs:
             consumers[id(tensor)].append(node)
+    outputs = {id(tensor) for tensor in graph.outputs}
     for layer in layers:
         if not nodes[id(layer)]:
             return f"{layer_path(layer)!r} is inside another layer"
@@ -36,6 +37,11 @@ def chain_break(model: keras.Model, layers: Sequence[keras.Layer]) -> str | None
     for layer, following in itertools.pairwise(layers):
         (node,) = nodes[id(layer)]
         while node.operation is not following:
+            if any(id(tensor) in outputs for tensor in node.outputs):
+                return (
+                    f"{layer_path(layer)!r} does not lead to {layer_path(following)!r} alone: "
+                    f"what {node.operation.name!r} puts out is an output of the model, too"
+                )
             after = consumers[id(node.outputs[0])] if len(node.outputs) == 1 else []
             if len(after) != 1 or len(after[0].inputs) != 1:
                 return (

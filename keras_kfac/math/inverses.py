@@ -115,9 +115,10 @@ class ExactInverse(NamedTuple):
         damping = scalar(damping, a.dtype)
         eigenvalues = a[..., :, tf.newaxis] * g[..., tf.newaxis, :]
         damped = eigenvalues + damping
-        largest, smallest = (f(damped, axis=[-2, -1]) for f in (tf.reduce_max, tf.reduce_min))
-        ratios = tf.where(smallest > 0, largest / smallest, float("inf"))
-        return cls(input_basis, output_basis, eigenvalues, damping, tf.reduce_max(ratios))
+        # Undamped zeros are no part of a pseudo-inverse, but here there is to be an inverse.
+        is_regular = tf.reduce_all(damped > 0)
+        condition = tf.where(is_regular, _largest_ratio(damped), float("inf"))
+        return cls(input_basis, output_basis, eigenvalues, damping, condition)
 
     @staticmethod
     def start(input_factor: Shape, output_factor: Shape) -> Start:
@@ -135,9 +136,24 @@ class ExactInverse(NamedTuple):
         outside = right_product(inside, self.output_basis, transpose=True)
         return left_product(self.input_basis, outside)
 
+    def with_eigenvalues(self, values: tf.Tensor) -> Self:
+        """The inverse with other eigenvalues in the same bases, before damping.
+
+        Where these and the damping are 0 it is the pseudo-inverse, and so is its condition number.
+
+        Example:
+        >>> inverse = ExactInverse.of(tf.eye(3), tf.eye(1), 0.0)
+        >>> inverse = inverse.with_eigenvalues(tf.constant([[4.0], [2.0], [0.0]]))
+        >>> float(inverse.condition_number), inverse.precondition(tf.ones([3, 1])).numpy().tolist()
+        (2.0, [[0.25], [0.5], [0.0]])
+        """
+        condition = _largest_ratio(values + self.damping)
+        return self._replace(eigenvalues=values, condition_number=condition)
+
     def _inverted(self) -> tf.Tensor:
-        """Eigenvalues of the inverse."""
-        return 1 / (self.eigenvalues + self.damping)
+        """Eigenvalues of the inverse; of the pseudo-inverse without damping."""
+        damped = self.eigenvalues + self.damping
+        return tf.math.divide_no_nan(tf.ones_like(damped), damped)
 
     def diagonal_in(self, other: Self, values: tf.Tensor) -> tf.Tensor:
         """What a matrix that is diagonal in these bases has on its diagonal in others.
@@ -159,6 +175,14 @@ class ExactInverse(NamedTuple):
         """Trace of the product with another such inverse, scalar."""
         turned = other.diagonal_in(self, other._inverted())
         return tf.reduce_sum(self._inverted() * turned)
+
+
+def _largest_ratio(values: tf.Tensor) -> tf.Tensor:
+    """Of the largest and the smallest positive value of each matrix; 1 where there is none."""
+    largest = tf.reduce_max(values, axis=[-2, -1])
+    positive = tf.where(values > 0, values, tf.cast(float("inf"), values.dtype))
+    ratios = largest / tf.reduce_min(positive, axis=[-2, -1])
+    return tf.reduce_max(tf.maximum(ratios, 1))
 
 
 def _overlaps(basis: tf.Tensor, other: tf.Tensor) -> tf.Tensor:

@@ -127,6 +127,18 @@ def scaled_plus_identity(scale: tf.Tensor, matrix: tf.Tensor, amount: tf.Tensor)
     return tf.raw_ops.MatrixSetDiag(input=scaled, diagonal=diagonal)
 
 
+def plus_diagonal(matrix: tf.Tensor, diagonal: tf.Tensor) -> tf.Tensor:
+    """`M + diag(d)`.
+
+    Example:
+    >>> plus_diagonal(tf.ones([2, 2]), tf.constant([1.0, 2.0])).numpy().tolist()
+    [[2.0, 1.0], [1.0, 3.0]]
+    """
+    if is_diagonal(matrix):
+        return matrix + diagonal
+    return tf.linalg.set_diag(matrix, tf.linalg.diag_part(matrix) + diagonal)
+
+
 def left_product(matrix: tf.Tensor, gradient: Gradient, transpose: bool = False) -> Gradient:
     """`M X`, or `Mᵀ X`; a few rows of `X` can be multiplied by a diagonal matrix only."""
     is_number = _is_isotropic(matrix)

@@ -106,7 +106,7 @@ def _solver(matrix: tf.Tensor, damping: tf.Tensor) -> Callable[[tf.Tensor], tf.T
 
 
 class RowsInverse(NamedTuple):
-    """`(Rᵀ R + λ I)⁻¹`, to multiply gradients `[1, weights]` by.
+    """`(Rᵀ R + λ I + D)⁻¹`, to multiply gradients `[1, weights]` by.
 
     Attributes:
         rows: `R`, `[rows, weights]`.
@@ -116,10 +116,26 @@ class RowsInverse(NamedTuple):
     rows: tf.Tensor
     damping: tf.Tensor
 
-    def precondition(self, gradient: tf.Tensor) -> tf.Tensor:
-        """The product, in the precision of the rows."""
-        vector = tf.cast(gradient, self.rows.dtype)[0]
-        return damped_direction(self.rows, vector, self.damping)[tf.newaxis]
+    def precondition(self, gradient: tf.Tensor, further: tf.Tensor | None = None) -> tf.Tensor:
+        """The product, in the precision of the rows.
+
+        Args:
+            gradient: `[1, weights]`.
+            further: `D >= 0` of each weight, `[1, weights]`, if there is any.
+
+        Example:
+        >>> inverse = RowsInverse(tf.constant([[2.0, 0.0]]), tf.constant(1.0))
+        >>> product = inverse.precondition(tf.constant([[10.0, 10.0]]), tf.constant([[3.0, 1.0]]))
+        >>> product.numpy().round(6).tolist()
+        [[1.25, 5.0]]
+        """
+        rows, vector = self.rows, tf.cast(gradient, self.rows.dtype)[0]
+        if further is None:
+            return damped_direction(rows, vector, self.damping)[tf.newaxis]
+        # With weights in units in which all are damped alike.
+        damping = resolved_damping(self.damping, tf.reduce_sum(tf.square(rows)))
+        units = tf.math.rsqrt(1 + tf.cast(further, rows.dtype)[0] / damping)
+        return (units * damped_direction(rows * units, units * vector, damping))[tf.newaxis]
 
 
 class AwaitedInverse(NamedTuple):
@@ -134,15 +150,17 @@ class AwaitedInverse(NamedTuple):
     condition_number: tf.Tensor
 
     @classmethod
-    def of(cls, trace: tf.Tensor, damping: tf.Tensor) -> "AwaitedInverse":
-        """For a Fisher matrix of this trace, about.
+    def of(
+        cls, trace: tf.Tensor, damping: tf.Tensor, further: float | tf.Tensor = 0.0
+    ) -> "AwaitedInverse":
+        """For a Fisher matrix of this trace, about, and at most so much further damping.
 
         Example:
         >>> float(AwaitedInverse.of(tf.constant(6.0), tf.constant(2.0)).condition_number)
         4.0
         """
         least = resolved_damping(damping, trace)
-        return cls(damping, 1 + tf.math.divide_no_nan(trace, least))
+        return cls(damping, 1 + tf.math.divide_no_nan(trace + scalar(further, trace.dtype), least))
 
     def on(self, rows: tf.Tensor) -> RowsInverse:
         """The inverse, given the rows."""

@@ -82,16 +82,18 @@ class ChainInverse(NamedTuple):
     condition_number: tf.Tensor
 
     @classmethod
-    def of(cls, factors: Sequence[Pair], between: Sequence[Pair], damping: tf.Tensor) -> Self:
+    def of(
+        cls, factors: Sequence[Pair], between: Sequence[Pair], dampings: Sequence[tf.Tensor]
+    ) -> Self:
         """The inverse; not finite, or not its condition number, if it fails.
 
         Args:
             factors: `A` and `G` of each layer.
             between: Of each layer and the next the moments of inputs, `[d_in, d_in of the next]`,
                 and of output gradients, `[d_out, d_out of the next]`.
-            damping: `λ`, split over the factors of each layer.
+            dampings: `λ` of each layer, split over its factors.
         """
-        damped = [factored_damping(*pair, damping) for pair in factors]
+        damped = [factored_damping(*pair, own) for pair, own in zip(factors, dampings, strict=True)]
         roots = [tuple(map(spd_inverse_root, pair)) for pair in damped]
         remainders, couplings = [], []
         for own, following, moments in zip(roots, roots[1:], between):
