@@ -43,8 +43,7 @@ class FisherMatrix(CurvatureMatrix):
 
     Raises:
         ValueError: If the model has no trained weights, or no loss, or one not known as a
-            likelihood; without `draws`, if
-            that has no closed form.
+            likelihood; without `draws`, if that has no closed form.
 
     Example:
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])

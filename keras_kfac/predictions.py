@@ -38,17 +38,18 @@ class Predictions:
         self._settings = settings
         self._adapters = adapters
         self._output_shape = output_shape
+        # In graphs, where the likelihood was found: without, Keras sees other logits.
+        self._outputs = tf.function(self._outputs_of_batch, autograph=False, reduce_retracing=True)
         self._moments = tf.function(self._moments_of_batch, autograph=False, reduce_retracing=True)
 
     def outputs(self, x: Any, weights: Weights) -> tf.Tensor:
         """What the likelihood is of, `[batch, ..., width]`, for weights by `id`."""
-        model = self._settings.model
+        parts = [self._outputs(part, weights) for (part,) in batches_of(x, None, _BATCH)]
+        return tf.concat(parts, axis=0)
 
-        def of_batch(part: Any) -> tf.Tensor:
-            outputs = Replay(model, (part,), {"training": False}).outputs(weights)
-            return self._differentiable(outputs)
-
-        return tf.concat([of_batch(part) for (part,) in batches_of(x, None, _BATCH)], axis=0)
+    def _outputs_of_batch(self, x: Any, weights: Weights) -> tf.Tensor:
+        replay = Replay(self._settings.model, (x,), {"training": False})
+        return self._differentiable(replay.outputs(weights))
 
     def moments(self, x: Any, normals: Sequence[EigenbasisNormal]) -> Moments:
         """Of the linearised model: means `[batch, width]`, covariances `[batch, width, width]`.

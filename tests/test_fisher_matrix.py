@@ -260,6 +260,39 @@ def test_models_may_compute_their_loss_themselves():
     assert_close(FisherMatrix(model, x, y).to_dense(), FisherMatrix(model, x).to_dense())
 
 
+class OfTensorFlow(keras.layers.Layer):
+    """A function of TensorFlow's."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.function = getattr(tf.nn, name)
+
+    def call(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_operations_of_tensorflow(name):
+    """Keras finds the logits behind these in graphs, where products are made, but not without."""
+    found = []
+    for last in (keras.layers.Activation(name), OfTensorFlow(name)):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), last])
+        loss = keras.losses.CategoricalCrossentropy()
+        if name == "sigmoid":
+            loss = keras.losses.BinaryCrossentropy()
+        model.compile("sgd", loss)
+        x, y = np.linspace(-1, 1, 20).reshape(5, 4), np.eye(3)[[0, 1, 2, 0, 1]]
+        fisher = FisherMatrix(model, x, y)
+        steps = [1e-2 * np.cumsum(np.ones(v.shape), -1) for v in model.trainable_variables]
+        found.append([fisher.to_dense(), fisher.kl_divergence(steps)])
+        by_probabilities = GaussNewtonMatrix(model, x, y).to_dense()
+    assert_close(found[0][0], found[1][0], 1e-5)
+    assert_close(found[0][1], found[1][1], 1e-3)
+    expected = dense_ggn(model, loss, x, y, model.trainable_variables)
+    assert_close(by_probabilities, expected, 1e-4)
+
+
 def test_half_precision():
     """Products in float16 throughout, where coefficients have a unit of their own."""
     found = []
@@ -404,6 +437,18 @@ class TestGaussNewtonMatrix:
         assert_close(found, expected, 1e-5)  # Keras computes the loss in float32.
         fisher = FisherMatrix(model, x, y).to_dense()
         assert np.abs(fisher - found).max() > 0.01 * np.abs(found).max()
+
+    def test_logits_that_keras_squeezes(self):
+        """It drops the last axis of the outputs for targets without, and what is behind them."""
+        last = keras.layers.Dense(1, "sigmoid", dtype="float64")
+        model = keras.Sequential([keras.Input((6, 4), dtype="float64"), last])
+        loss = keras.losses.BinaryCrossentropy(dtype="float64")
+        model.compile("sgd", loss)
+        x, y = RNG.normal(size=(5, 6, 4)), RNG.uniform(size=(5, 6))
+        expected = dense_ggn(model, loss, x, y, model.trainable_variables)
+        assert_close(GaussNewtonMatrix(model, x, y).to_dense(), expected, 1e-6)
+        other = GaussNewtonMatrix(model, x, y[..., np.newaxis]).to_dense()
+        assert np.abs(other - expected).max() > 0.01 * np.abs(expected).max()
 
     def test_is_that_of_the_loss_whatever_the_optimizer_goes_by(self):
         model = mlp((4, 3, 3), head=LOSS["cce-softmax"])

@@ -152,7 +152,7 @@ def test_likelihoods_are_nested_as_the_outputs():
     for given in ([[None, MSE()], categorical], [None, MSE(), categorical]):
         found = likelihoods_of(given, lists, None)
         assert [one and one.make for one in found] == [None, normal, categorical]
-    for wrong in ([[None], categorical], [None, [MSE(), categorical]]):
+    for wrong in ([[None], categorical], [None, [MSE(), MSE()], categorical]):
         with pytest.raises(ValueError, match=r"each output.* Received: likelihood=.*for 3 outputs"):
             likelihoods_of(wrong, lists, None)
     for wrong in ({"a": categorical}, {"a": {"y": categorical}}, {"d": categorical}, categorical):

@@ -67,11 +67,12 @@ def test_weights_of_single_outputs_are_refused():
 def test_weights_that_keras_pairs_with_the_last_axis_are_refused():
     """Weights of examples `[N]` for losses `[N, T]` count along `T`, where Keras does not fail."""
     model = keras.Sequential([keras.Input((6, 4)), keras.layers.Dense(3)])
-    model.compile(KFAC().attach(model), "mse")
+    model.compile(KFAC().attach(model), "mse", run_eagerly=True)
     x, y = RNG.normal(size=(6, 6, 4)), RNG.normal(size=(6, 6, 3))
     with pytest.raises(ValueError, match=r"shape \(batch, 1\).*Received: sample weights of shape"):
         model.train_on_batch(x, y, np.ones(6))
     model.train_on_batch(x, y, np.ones((6, 1)))
+    model.train_on_batch(x[:1], y[:1], np.ones(1))
 
 
 def test_ignored_classes_are_for_losses_only():

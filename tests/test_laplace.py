@@ -541,3 +541,18 @@ def test_one_number_joined_by_itself_stays_one():
     found = predictive.with_noise(make, tf.ones([2, 1]), tf.ones([2, 1, 1]))
     assert found.event_shape == [] and found.batch_shape == [2]
     assert_close(found.variance(), [2.0, 2.0], 1e-6)
+
+
+def test_draws_of_weights_behind_an_operation():
+    """Keras sees the logits behind TensorFlow's softmax in graphs only: so does the posterior."""
+    x, found = np.random.default_rng(0).normal(size=(20, 4)), []
+    for last in (keras.layers.Softmax(), keras.layers.Lambda(tf.nn.softmax)):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), last])
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        posterior = laplace(model, x, np.arange(20) % 3)
+        for method in ("weights", "linear"):
+            predicted = posterior.predictive(x[:5], method=method, draws=20)
+            found.append(predicted.probs_parameter())
+    np.testing.assert_allclose(found[0], found[2], atol=1e-4)
+    np.testing.assert_allclose(found[1], found[3], atol=1e-4)

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_kfac import KFAC, _keras_internals
 from keras_kfac.math import factors as kronecker_factors
+from keras_kfac.math.rows import stretched
 from tests.cases import LOSS, factors
 from tests.reference import assert_close, relative_difference
 
@@ -147,6 +148,22 @@ def test_masks_may_be_of_what_was_pooled(window):
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows = np.c_[pooled[counts], np.ones(counts.sum())]
     assert_close(a, rows.T @ (rows * shares[counts][:, np.newaxis]) / counts.any(axis=1).sum())
+
+
+@pytest.mark.parametrize("positions", [50_000, 25_000, 100_000])
+def test_masks_may_be_long(positions):
+    mask = tf.constant(np.random.default_rng(0).random((1, 50_000)) < 0.3)
+
+    @tf.function(input_signature=[tf.TensorSpec([1, None], tf.bool)])
+    def of_unknown_size(mask):
+        return stretched(mask, tf.zeros([1, positions, 1]))
+
+    known = stretched(mask, tf.zeros([1, positions, 1]))
+    expected = np.repeat(mask, max(positions // 50_000, 1), axis=1)
+    if positions < 50_000:
+        expected = expected.reshape(1, positions, 2).any(axis=2)
+    np.testing.assert_array_equal(known, expected)
+    np.testing.assert_array_equal(of_unknown_size(mask), expected)
 
 
 def test_masks_of_single_steps():

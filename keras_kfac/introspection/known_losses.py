@@ -268,7 +268,8 @@ def _by_output(given: Any, outputs: Any, names: Sequence[str]) -> list[Any] | No
     each = list(given) if isinstance(given, (list, tuple)) else [given]
     if isinstance(given, dict):
         each = [given.get(name) for name in names] if set(given) <= set(names) else []
-    return each if len(each) == count else None
+    is_flat = not any(isinstance(one, (list, tuple, dict)) for one in each)
+    return each if is_flat and len(each) == count else None
 
 
 def _of_parts(pairs: Sequence[tuple[Any, Any]]) -> list[Any] | None:

@@ -264,8 +264,10 @@ class Term:
             return outputs, TargetGradients(term.values, self.score.loss)
         if likelihood.of_logits is None:
             return outputs, likelihood
-        logits = _keras_internals.loss_logits(outputs, [_OPERATIONS[likelihood.of_logits]])
-        if logits is None:
+        # Outputs of another pass, in a graph or not, are as those that the loss is of.
+        operation = [_OPERATIONS[likelihood.of_logits]]
+        own, logits = (_keras_internals.loss_logits(o, operation) for o in (self.outputs, outputs))
+        if own is None or logits is None:
             return outputs, likelihood
         if likelihood.make is likelihood.of_logits and not self.sees_logits:
             return outputs, likelihood
@@ -275,9 +277,14 @@ class Term:
     def sees_logits(self) -> bool:
         """Whether the loss is of the logits behind the output, if there are any.
 
-        Keras loses sight of them when it casts the output to the dtype of the loss.
+        Keras loses sight of them when it casts the output to the dtype of the loss, or drops its
+        last axis, which the targets don't have.
         """
-        return self.outputs.dtype.name == self.score.loss.dtype
+        is_squeezed = False
+        if self.score.is_complete and self.outputs.shape[-1] == 1:
+            rank = tf.convert_to_tensor(self.targets).shape.rank
+            is_squeezed = 2 <= rank < self.outputs.shape.rank
+        return self.outputs.dtype.name == self.score.loss.dtype and not is_squeezed
 
 
 def _check_shape(weights: tf.TensorShape, values: tf.TensorShape) -> None:
@@ -285,9 +292,9 @@ def _check_shape(weights: tf.TensorShape, values: tf.TensorShape) -> None:
 
     Keras broadcasts weights `[N, N]` for values `[N]`, and sums up their products. It does so with
     the one value of a loss that is not kept for each example, too, which all weights count for. And
-    it has weights `[N]` for values `[N, N]` count along the last axis.
+    it has weights `[N]` for values `[N, N]` count along the last axis. A single one is for all.
     """
-    if not weights.rank or not values.rank:
+    if not weights.rank or not values.rank or weights.num_elements() == 1:
         return
     own, others = weights, values
     if own.rank == others.rank + 1 and own[-1] == 1:

@@ -66,12 +66,16 @@ def stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     >>> stretched(tf.constant([[0, 1, 0, 0]]), tf.zeros([1, 2, 3])).numpy().tolist()
     [[1, 0]]
     """
-    flat = tf.cast(tf.reshape(mask, [tf.shape(mask)[0], -1]), tf.int32)
-    steps, positions = tf.shape(flat)[1], tf.shape(rows)[-2]
-    # Those of a position are from one share of the steps to the next.
+    flat = tf.reshape(mask, [tf.shape(mask)[0], -1])
+    steps, positions = flat.shape[1], rows.shape[-2]
+    if steps and positions and positions % steps == 0:
+        return tf.repeat(flat, positions // steps, axis=1)
+    # The steps of a position are from one share of them to the next.
+    steps, positions = (tf.cast(n, tf.int64) for n in (tf.shape(flat)[1], tf.shape(rows)[-2]))
     places = tf.range(positions)
     first, last = places * steps // positions, -(-(places + 1) * steps // positions)
-    before = tf.pad(tf.cumsum(flat, axis=1), [[0, 0], [1, 0]])
+    numbers = tf.cumsum(tf.cast(tf.cast(flat, tf.bool), tf.float32), axis=1)
+    before = tf.pad(numbers, [[0, 0], [1, 0]])
     counts = tf.gather(before, last, axis=1) > tf.gather(before, first, axis=1)
     return tf.cast(counts, mask.dtype)
 
