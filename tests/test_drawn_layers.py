@@ -28,7 +28,7 @@ def drawn(examples, **strategy):
     return lambda test: limits(given(**strategy)(test))
 
 
-@drawn(50, case=AFFINE)
+@drawn(30, case=AFFINE)
 def test_affine_layers(case):
     """Identity 11a: a target at each position, squared loss."""
     model, layer = oracle.alone(case)
@@ -47,7 +47,7 @@ def test_embeddings(table, positions):
     oracle.check_equals_ggn(model, [layer], RNG.integers(0, table[0], (3, *positions)))
 
 
-@drawn(25, case=strategies.normalizations(), largest=st.sampled_from([0, 256]))
+@drawn(15, case=strategies.normalizations(), largest=st.sampled_from([0, 256]))
 def test_normalizations(case, largest):
     """Exact in any network, in full or on the diagonal."""
     model, layer = oracle.in_network(case)
@@ -56,7 +56,7 @@ def test_normalizations(case, largest):
         oracle.check_examples_equal_ggn(model, layer, oracle.random_inputs(model, 4))
 
 
-@drawn(25, make=strategies.recurrent())
+@drawn(15, make=strategies.recurrent())
 def test_recurrent_layers(make):
     """Identity 5: one step of one example."""
     keras.utils.set_random_seed(0)

@@ -91,7 +91,7 @@ class TestEmbedding:
             expected_change = relative_change(matrices, dense)
             assert_close(relative_change(inverse, undamped), expected_change, 1e-12)
 
-    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_learns(self, jit_compile):
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
@@ -172,7 +172,7 @@ class TestReversibleEmbedding:
         assert_close(np.einsum("abcb->ac", block), np.einsum("abcb->ac", both), 1e-12)
         assert_close(np.einsum("abad->bd", block), np.einsum("abad->bd", both), 1e-12)
 
-    @pytest.mark.parametrize("tie_weights", [False, True])
+    @pytest.mark.parametrize("tie_weights", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_learns(self, tie_weights):
         keras.utils.set_random_seed(0)
         embedding = layers.ReversibleEmbedding(7, 8, tie_weights=tie_weights)

@@ -195,6 +195,7 @@ class TestBadInput:
         assert result.stderr.splitlines()[-1].endswith("-3 is not a positive number")
 
 
+@pytest.mark.slow
 def test_mnist_from_keras_datasets(example, monkeypatch, tmp_path):
     """End to end but for the download: uint8 images with labels, as Keras returns them."""
     images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)

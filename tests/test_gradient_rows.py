@@ -81,7 +81,9 @@ class TestRows:
         for a, b in zip(actual, expected, strict=True):
             assert_close(a, b, 1e-9)
 
-    @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+    @pytest.mark.parametrize(
+        "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["graph", "xla"]
+    )
     def test_in_graphs(self, monkeypatch, jit_compile):
         x, y = helpers.vectors(48)
 

@@ -361,7 +361,7 @@ class TestTridiagonal:
         ("policy", "jit_compile"),
         [
             ("float32", False),
-            ("mixed_float16", False),
+            pytest.param("mixed_float16", False, marks=pytest.mark.slow),
             pytest.param("float32", True, marks=pytest.mark.slow),
         ],
     )

@@ -268,7 +268,7 @@ class TestRawWeights:
         a, g = factors(model, loss, x)[index]
         assert_close(kron(a, g), dense_ggn(model, loss, x, y, layer.weights, pfor=False))
 
-    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_trains(self, jit_compile):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((4,)), Rotation(), layers.Dense(1)])

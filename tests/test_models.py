@@ -137,7 +137,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "gpt" else []) for n in MODELS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ("gpt", "u-net") else []) for n in MODELS],
 )
 def test_models_are_covered_and_learn(name):
     keras.utils.set_random_seed(0)

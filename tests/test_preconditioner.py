@@ -142,7 +142,12 @@ def steps_of(product_dtype, model, data, jit_compile=False, **kwargs):
 class TestProductDtype:
     @pytest.mark.parametrize(
         "options",
-        [{}, {"exact_damping": True}, {"max_factor_size": 3}, {"jit_compile": True}],
+        [
+            {},
+            {"exact_damping": True},
+            {"max_factor_size": 3},
+            pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+        ],
         ids=["factored", "exact", "in-blocks", "xla"],
     )
     def test_bfloat16_makes_the_same_step_to_its_rounding(self, options):
@@ -187,7 +192,7 @@ class TestBurnIn:
             assert int(optimizer.iterations) == 4
             helpers.assert_different(helpers.weights(model), before)
 
-    @pytest.mark.parametrize("decay", [0.9, 0.2])
+    @pytest.mark.parametrize("decay", [0.9, pytest.param(0.2, marks=pytest.mark.slow)])
     def test_later_batches_count_more_up_to_the_decay(self, decay):
         """The factors of the steps 0 to 3, with weights that do not move."""
         with helpers.precision("float64"):

@@ -117,7 +117,7 @@ def test_one_step_solves_a_linear_problem():
     assert_close(w, np.linalg.lstsq(x, y, rcond=None)[0])
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_works_in_graphs_and_by_points(jit_compile):
     """One pass for all points finds what one for each residual does."""
     model, points = network(), tf.constant(RNG.normal(size=(12, 2)))

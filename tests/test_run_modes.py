@@ -250,7 +250,7 @@ def conv_run(data_format: str, groups: int) -> keras.Model:
     return model
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_data_formats_train_alike(groups: int) -> None:
     with helpers.precision("float64"):
         first, last = (conv_run(name, groups) for name in ("channels_first", "channels_last"))
