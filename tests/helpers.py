@@ -57,6 +57,17 @@ class Unknown(keras.layers.Layer):
         return inputs * self.scale
 
 
+class Places(keras.layers.Layer):
+    """Adds a vector for each position: a table that is called on positions, not on examples."""
+
+    def __init__(self, positions: int, width: int) -> None:
+        super().__init__()
+        self.table = keras.layers.Embedding(positions, width, name="table")
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return inputs + self.table(tf.range(self.table.input_dim))
+
+
 def mlp_with_batch_normalization() -> keras.Model:
     """A model of all kinds of blocks, and with weights that go to the fallback optimizer."""
     return mlp(keras.layers.BatchNormalization(name="norm"), Unknown(name="unknown"))

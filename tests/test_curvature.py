@@ -318,6 +318,25 @@ class TestSteps:
         assert max(optimizer.condition_numbers().values()) == pytest.approx(9.0)
         assert not optimizer._known.curvature.failed_refreshes()
 
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_ekfac_without_damping_stays_in_the_span_of_the_inputs(self, dtype):
+        """From the first step on, which takes K-FAC's product, though factors are singular."""
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(64, 6)) @ rng.normal(size=(6, 40))
+        layer = layers.Dense(3, use_bias=False, dtype=dtype)
+        model = keras.Sequential([keras.Input((40,), dtype=dtype), layer])
+        options = {"momentum": 0.0, "damping": 0.0, "kl_clip": None, "curvature": "ekfac"}
+        optimizer = helpers.kfac(**options, fisher="exact").attach(model)
+        model.compile(optimizer, keras.losses.MeanSquaredError(dtype=dtype), run_eagerly=True)
+        outside = np.eye(40) - np.linalg.pinv(x) @ x
+        for _ in range(2):
+            before = layer.kernel.numpy()
+            model.train_on_batch(x, rng.normal(size=(64, 3)))
+            step = layer.kernel.numpy() - before
+            limit = 1e-4 if dtype == "float32" else 1e-12
+            assert np.linalg.norm(outside @ step) < limit * np.linalg.norm(step)
+            assert np.linalg.norm(step) > 1e-3
+
     def test_ekfac_keeps_what_it_knows_when_bases_change(self):
         """The diagonal of the old approximation in the new bases, computed densely."""
         rng = np.random.default_rng(0)

@@ -242,7 +242,7 @@ def test_loss_weight_counts_without_targets(wrap):
     assert_close(FisherMatrix(model, x).to_dense(), 3 * plain, 1e-7)
 
 
-def test_targets_are_asked_for_where_they_matter():
+def test_y_or_columnare_asked_for_where_they_matter():
     model = mlp((4, 3))
     model.compile("sgd", keras.losses.SquaredHinge())
     with pytest.raises(ValueError, match=r"depends on the targets. Received: y=None"):
@@ -448,6 +448,20 @@ class TestGaussNewtonMatrix:
         expected = dense_ggn(model, loss, x, y, model.trainable_variables)
         assert_close(GaussNewtonMatrix(model, x, y).to_dense(), expected, 1e-6)
         other = GaussNewtonMatrix(model, x, y[..., np.newaxis]).to_dense()
+        assert np.abs(other - expected).max() > 0.01 * np.abs(expected).max()
+
+    def test_logits_of_vectors(self):
+        """Keras adds a last axis to outputs `[batch]` for targets `[batch, 1]`, likewise."""
+        inputs = keras.Input((4,), dtype="float64")
+        head = keras.layers.Dense(1, dtype="float64")(inputs)[:, 0]
+        model = keras.Model(inputs, keras.layers.Activation("sigmoid", dtype="float64")(head))
+        loss = keras.losses.BinaryCrossentropy(dtype="float64")
+        model.compile("sgd", loss)
+        x, y = RNG.normal(size=(5, 4)), RNG.uniform(size=(5, 1))
+        expected = dense_ggn(model, loss, x, y, model.trainable_variables)
+        assert_close(GaussNewtonMatrix(model, x, y).to_dense(), expected, 1e-6)
+        other = GaussNewtonMatrix(model, x, y[:, 0]).to_dense()
+        assert_close(other, FisherMatrix(model, x, y[:, 0]).to_dense())
         assert np.abs(other - expected).max() > 0.01 * np.abs(expected).max()
 
     def test_is_that_of_the_loss_whatever_the_optimizer_goes_by(self):

@@ -105,6 +105,15 @@ class TestDense:
         assert_close(step, -np.linalg.solve(block, gradient))
         assert [row.block for row in optimizer.coverage()] == ["dense", "full", "dense"]
 
+    @pytest.mark.usefixtures("either_way")
+    def test_layers_on_other_things_than_examples_are_refused(self):
+        body = [keras.Input((4, 3)), helpers.Places(4, 3), keras.layers.Dense(2)]
+        model = keras.Sequential(body)
+        model.compile(KFAC(curvature="dense"), "mse")
+        match = r"of single examples.*Received: layer '.*table' with outputs of shape \(4, 3\)"
+        with pytest.raises(ValueError, match=match):
+            helpers.fit(model, (np.ones((8, 4, 3)), np.ones((8, 4, 2))))
+
     def test_memory_is_that_of_one_matrix(self):
         """Layers have their shares of it."""
         optimizer, *_ = one_step(mlp((5, 4, 3)), "dense")

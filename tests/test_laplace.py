@@ -556,3 +556,15 @@ def test_draws_of_weights_behind_an_operation():
             found.append(predicted.probs_parameter())
     np.testing.assert_allclose(found[0], found[2], atol=1e-4)
     np.testing.assert_allclose(found[1], found[3], atol=1e-4)
+
+
+def test_linear_predictions_need_gradients_of_examples():
+    """Layers on positions that all examples share have none; draws of weights do without."""
+    body = [helpers.Places(4, 3), keras.layers.Flatten(), keras.layers.Dense(2)]
+    model = keras.Sequential([keras.Input((4, 3)), *body])
+    model.compile("sgd", "mse")
+    inputs = np.random.default_rng(0).normal(size=(8, 4, 3))
+    posterior = laplace(model, inputs, inputs[:, 0, :2])
+    with pytest.raises(ValueError, match=r"single examples.* Received: layer '.*table'"):
+        posterior.predictive(inputs[:6])
+    assert posterior.predictive(inputs[:6], method="weights", draws=5).mean().shape == (6, 2)

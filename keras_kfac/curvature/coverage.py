@@ -20,7 +20,8 @@ class CoverageRow:
     """How the trained weights of one layer get their steps.
 
     Attributes:
-        layer: Path of the layer, with a number where others before it have the same one.
+        layer: Path of the layer, with a number where others before it have the same one. In
+            `curvature` and `weight_sharing` a path chooses all layers that have it.
         layer_type: Its class.
         weights: Number of trained weights it owns (scalars, not tensors).
         block: Its curvature block: `"kronecker"`, `"ekfac"`, `"input"`, `"inverse_free"`,

@@ -85,9 +85,8 @@ class EigenbasisBlock(KroneckerBlock):
         What fills up the last of several blocks counts in its condition number.
         """
         new, old = cast(ExactInverse, super().invert(damping)), cast(ExactInverse, self.inverse)
-        values = tf.where(
-            self._is_refreshed, old.diagonal_in(new, old.eigenvalues), new.eigenvalues
-        )
+        product = _of_regular_factors(new.eigenvalues)
+        values = tf.where(self._is_refreshed, old.diagonal_in(new, old.eigenvalues), product)
         return new.with_eigenvalues(_resolved(values))
 
     @property
@@ -104,6 +103,16 @@ class EigenbasisBlock(KroneckerBlock):
         if self.adapter.groups is not None:
             return tf.reshape(squares, [self.adapter.groups, *sizes])
         return whole_blocks(tf.reshape(squares, sizes), self._structures)
+
+
+def _of_regular_factors(products: tf.Tensor) -> tf.Tensor:
+    """Products `aᵢ gⱼ` with zeros where `aᵢ` or `gⱼ` is what rounding leaves of zero."""
+    largest = tf.reduce_max(products, axis=[-2, -1], keepdims=True)
+    for axis, other in ((-2, -1), (-1, -2)):
+        least = products.shape[axis] * epsilon(products.dtype) * largest
+        own = tf.reduce_max(products, axis=other, keepdims=True)
+        products = tf.where(own > least, products, tf.zeros_like(products))
+    return products
 
 
 def _resolved(squares: tf.Tensor) -> tf.Tensor:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.affine import AffineAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
-from keras_kfac.introspection.per_example import ExactAdapter
+from keras_kfac.introspection.per_example import ExactAdapter, check_examples
 from keras_kfac.math import factors
 from keras_kfac.math.rows import masked_weights
 
@@ -120,6 +120,15 @@ class JointWeightsAdapter(CompositeAdapter, ExactAdapter):
     """Gradients of the weights of several exact adapters for each example, as one row."""
 
     max_full_block = math.inf
+
+    def calls(self, forward_pass: ForwardPass) -> dict[Any, Any]:
+        """One, of all parts.
+
+        Raises:
+            ValueError: If a layer is called on other things than the examples of the batch.
+        """
+        check_examples(forward_pass, self)
+        return super().calls(forward_pass)
 
 
 class CrossAdapter(CompositeAdapter):

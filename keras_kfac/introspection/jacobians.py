@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_kfac.introspection.adapters import LayerAdapter
 from keras_kfac.introspection.example_gradients import ExampleGradientsAdapter, reason_without_pairs
 from keras_kfac.introspection.forward_pass import ForwardPass
-from keras_kfac.introspection.per_example import ExactAdapter
+from keras_kfac.introspection.per_example import ExactAdapter, check_examples
 
 
 def by_example(adapter: LayerAdapter) -> ExactAdapter:
@@ -51,6 +51,8 @@ def example_jacobians(
         ValueError: If a layer has no gradients of single examples.
     """
     singles = [by_example(adapter) for adapter in adapters]
+    for single in singles:
+        check_examples(forward_pass, single)
     layers = [layer for single in singles for layer in single.layers]
     calls = [_observed(forward_pass, single) for single in singles]
     width = outputs.shape[-1]

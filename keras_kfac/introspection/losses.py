@@ -277,14 +277,15 @@ class Term:
     def sees_logits(self) -> bool:
         """Whether the loss is of the logits behind the output, if there are any.
 
-        Keras loses sight of them when it casts the output to the dtype of the loss, or drops its
-        last axis, which the targets don't have.
+        Keras loses sight of them when it casts the output to the dtype of the loss, or drops or
+        adds a last axis, to have as many as the targets.
         """
-        is_squeezed = False
-        if self.score.is_complete and self.outputs.shape[-1] == 1:
-            rank = tf.convert_to_tensor(self.targets).shape.rank
-            is_squeezed = 2 <= rank < self.outputs.shape.rank
-        return self.outputs.dtype.name == self.score.loss.dtype and not is_squeezed
+        is_reshaped = False
+        if self.score.is_complete:
+            own, other = self.outputs.shape, tf.convert_to_tensor(self.targets).shape
+            is_reshaped = 2 <= other.rank == own.rank - 1 and own[-1] == 1
+            is_reshaped |= own.rank == 1 and other.rank == 2 and other[-1] == 1
+        return self.outputs.dtype.name == self.score.loss.dtype and not is_reshaped
 
 
 def _check_shape(weights: tf.TensorShape, values: tf.TensorShape) -> None:

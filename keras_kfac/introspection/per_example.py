@@ -7,14 +7,38 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.adapters import Arrived, Gradients, LayerAdapter, own_variables
-from keras_kfac.introspection.forward_pass import LayerCall
+from keras_kfac.introspection.adapters import (
+    Arrived,
+    Gradients,
+    LayerAdapter,
+    layer_path,
+    own_variables,
+)
+from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
 from keras_kfac.math import factors
 from keras_kfac.math.rows import Starts, aligned
 from keras_kfac.math.structure import Structure, Structures
 
 # Up to so many weights have a full block: a matrix that costs next to nothing to invert.
 MAX_FULL_BLOCK = 256
+
+
+def check_examples(forward_pass: ForwardPass, adapter: LayerAdapter) -> None:
+    """Refuses layers that are plainly not called on the examples of the batch.
+
+    Raises:
+        ValueError: If outputs of a layer have another first axis than those of the model.
+    """
+    batch = {output.shape[0] for output in tf.nest.flatten(forward_pass.outputs)}
+    for layer in adapter.layers:
+        for call in forward_pass.calls.get(id(layer), []):
+            shapes = [output.shape for output in tf.nest.flatten(call.outputs)]
+            if any(shape[0] is not None and shape[0] not in batch for shape in shapes):
+                raise ValueError(
+                    "A layer whose first axis is not the batch has no gradients of single "
+                    "examples, which curvature='dense' and linearised predictions are made of. "
+                    f"Received: layer {layer_path(layer)!r} with outputs of shape {shapes[0]}"
+                )
 
 
 class ExactAdapter(LayerAdapter):
