@@ -9,11 +9,13 @@ import tensorflow as tf
 
 from keras_kfac import KFAC
 from keras_kfac.curvature.choice import STRUCTURES
+from keras_kfac.curvature.eigenbasis import _of_regular_factors
 from keras_kfac.introspection import example_gradients as introspection
 from keras_kfac.introspection import registry
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math import example_gradients
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse, relative_change
+from keras_kfac.math.structure import Structure
 from tests import helpers, test_recurrent
 from tests.cases import COMPOSED_LAYERS, LAYERS, LOSS, SCALES, collected, mlp
 from tests.oracle import in_network, places, random_inputs
@@ -336,6 +338,16 @@ class TestSteps:
             limit = 1e-4 if dtype == "float32" else 1e-12
             assert np.linalg.norm(outside @ step) < limit * np.linalg.norm(step)
             assert np.linalg.norm(step) > 1e-3
+
+    def test_what_is_rounding_in_a_factor_is_exact_in_a_diagonal(self):
+        products = tf.constant([[1.0, 1e-6], [1e-6, 1e-12]])
+        dense, diagonal = Structure(2), Structure(2, is_diagonal=True)
+        cut = [_of_regular_factors(products, (own, dense)).numpy() for own in (dense, diagonal)]
+        np.testing.assert_array_equal(cut[0] > 0, [[True, True], [True, True]])
+        tiny = products * tf.constant([[1.0], [1e-4]])
+        cut = [_of_regular_factors(tiny, (own, dense)).numpy() for own in (dense, diagonal)]
+        np.testing.assert_array_equal(cut[0] > 0, [[True, True], [False, False]])
+        np.testing.assert_array_equal(cut[1], tiny)
 
     def test_ekfac_keeps_what_it_knows_when_bases_change(self):
         """The diagonal of the old approximation in the new bases, computed densely."""

@@ -242,7 +242,7 @@ def test_loss_weight_counts_without_targets(wrap):
     assert_close(FisherMatrix(model, x).to_dense(), 3 * plain, 1e-7)
 
 
-def test_y_or_columnare_asked_for_where_they_matter():
+def test_targets_are_asked_for_where_they_matter():
     model = mlp((4, 3))
     model.compile("sgd", keras.losses.SquaredHinge())
     with pytest.raises(ValueError, match=r"depends on the targets. Received: y=None"):

@@ -20,7 +20,7 @@ from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math.inverses import ExactInverse, Inverse
 from keras_kfac.math.linalg import epsilon, is_finite
 from keras_kfac.math.moving_average import weighted_average
-from keras_kfac.math.structure import whole_blocks
+from keras_kfac.math.structure import Structures, whole_blocks
 
 # Gradients in the bases are rounded by about so many times the precision of the largest.
 _ROUNDING = 8
@@ -85,7 +85,8 @@ class EigenbasisBlock(KroneckerBlock):
         What fills up the last of several blocks counts in its condition number.
         """
         new, old = cast(ExactInverse, super().invert(damping)), cast(ExactInverse, self.inverse)
-        product = _of_regular_factors(new.eigenvalues)
+        regular = _of_regular_factors(new.eigenvalues, self._structures)
+        product = tf.where(new.damping > 0, new.eigenvalues, regular)
         values = tf.where(self._is_refreshed, old.diagonal_in(new, old.eigenvalues), product)
         return new.with_eigenvalues(_resolved(values))
 
@@ -105,10 +106,12 @@ class EigenbasisBlock(KroneckerBlock):
         return whole_blocks(tf.reshape(squares, sizes), self._structures)
 
 
-def _of_regular_factors(products: tf.Tensor) -> tf.Tensor:
+def _of_regular_factors(products: tf.Tensor, structures: Structures) -> tf.Tensor:
     """Products `aᵢ gⱼ` with zeros where `aᵢ` or `gⱼ` is what rounding leaves of zero."""
     largest = tf.reduce_max(products, axis=[-2, -1], keepdims=True)
-    for axis, other in ((-2, -1), (-1, -2)):
+    for (axis, other), structure in zip(((-2, -1), (-1, -2)), structures):
+        if structure.is_diagonal:  # Nothing is rounded there.
+            continue
         least = products.shape[axis] * epsilon(products.dtype) * largest
         own = tf.reduce_max(products, axis=other, keepdims=True)
         products = tf.where(own > least, products, tf.zeros_like(products))

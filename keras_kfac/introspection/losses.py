@@ -281,7 +281,7 @@ class Term:
         adds a last axis, to have as many as the targets.
         """
         is_reshaped = False
-        if self.score.is_complete:
+        if self.score.is_complete and self.likelihood is not None:
             own, other = self.outputs.shape, tf.convert_to_tensor(self.targets).shape
             is_reshaped = 2 <= other.rank == own.rank - 1 and own[-1] == 1
             is_reshaped |= own.rank == 1 and other.rank == 2 and other[-1] == 1

@@ -29,15 +29,18 @@ def check_examples(forward_pass: ForwardPass, adapter: LayerAdapter) -> None:
     Raises:
         ValueError: If outputs of a layer have another first axis than those of the model.
     """
-    batch = {output.shape[0] for output in tf.nest.flatten(forward_pass.outputs)}
+    outputs = [o.shape for o in tf.nest.flatten(forward_pass.outputs) if tf.is_tensor(o)]
+    batch = {shape[0] for shape in outputs if shape.rank != 0}
     for layer in adapter.layers:
         for call in forward_pass.calls.get(id(layer), []):
             shapes = [output.shape for output in tf.nest.flatten(call.outputs)]
-            if any(shape[0] is not None and shape[0] not in batch for shape in shapes):
+            sizes = {shape[0] for shape in shapes if shape.rank != 0} - {None}
+            if not sizes <= batch:
                 raise ValueError(
                     "A layer whose first axis is not the batch has no gradients of single "
                     "examples, which curvature='dense' and linearised predictions are made of. "
-                    f"Received: layer {layer_path(layer)!r} with outputs of shape {shapes[0]}"
+                    f"Received: layer {layer_path(layer)!r} with outputs of shape {shapes[0]}, in "
+                    f"a model of outputs of shape {outputs[0]}"
                 )
 
 
