@@ -70,7 +70,9 @@ class KFAC(SteppingOptimizer):
 
     The optimizer must see the model: pass `callbacks=[KFACCallback()]` to `fit`, or call
     `attach`. With `gradient_accumulation_steps`, factors average over the micro-batches of a step.
-    A step whose gradients are not all finite is skipped whole and counted in `skipped_steps`.
+    A step whose gradients are not all finite is skipped whole and counted in `skipped_steps`, one
+    of negative weights in `refused_batches` under XLA, where no error can be raised: `fit` does so
+    when the epoch ends.
 
     Args:
         learning_rate: `"adaptive"`, or `α >= 0`: number, `LearningRateSchedule` or callable, as for
@@ -232,6 +234,7 @@ class KFAC(SteppingOptimizer):
             **kwargs,
         )
         self.skipped_steps = self.add_variable((), dtype="int64", name="skipped_steps")
+        self.refused_batches = self.add_variable((), dtype="int64", name="refused_batches")
         self._report = ProblemReport()
 
     # ---- The step -------------------------------------------------------------------------------
@@ -256,8 +259,10 @@ class KFAC(SteppingOptimizer):
         # What is unknown raises here, and not in a branch of the step or at some later one.
         draws = self.fisher == Fisher.SAMPLED or self.can_adapt
         compiles = attachment.is_compiled and draws
-        for term in (term for forward_pass in passes for term in forward_pass.terms):
+        terms = [term for forward_pass in passes for term in forward_pass.terms]
+        for term in terms:
             term.check(self._damping_rule is not None, compiles_draws=compiles)
+        is_refused = tf.reduce_any([term.counts_negatively() for term in terms])
         built = _outside_graphs(lambda: self._build_curvature(passes))
 
         is_burning_in = self._is_burning_in()
@@ -274,9 +279,10 @@ class KFAC(SteppingOptimizer):
             ops.cond(is_burning_in, lambda: None, step)
 
         def skip() -> None:
-            self.skipped_steps.assign_add(1)
+            self.skipped_steps.assign_add(tf.cast(~is_refused, tf.int64))
+            self.refused_batches.assign_add(tf.cast(is_refused, tf.int64))
 
-        ops.cond(all_finite(grads), proceed, skip)
+        ops.cond(all_finite(grads) & ~is_refused, proceed, skip)
 
     def _unscaled(
         self, grads: Sequence[Any], variables: Sequence[keras.Variable]
@@ -332,7 +338,8 @@ class KFAC(SteppingOptimizer):
     def batches_seen(self) -> tf.Tensor:
         """How many batches came, whether they were stepped on or not; int64 scalar."""
         stepped = tf.cast(self.iterations, tf.int64)
-        return stepped + self.skipped_steps.value + self._burnt_in.value
+        left_out = self.skipped_steps.value + self.refused_batches.value
+        return stepped + left_out + self._burnt_in.value
 
     # ---- Reports --------------------------------------------------------------------------------
 
@@ -356,7 +363,12 @@ class KFAC(SteppingOptimizer):
         """Warns of steps and statistics left out, and of factors not inverted, since last time.
 
         `KFACCallback` calls it after every epoch, `fit` at its end.
+
+        Raises:
+            ValueError: If losses or examples of negative weight came, which XLA can't refuse by
+                itself. Nothing was stepped on them.
         """
+        self._report.refuse_negative_weights(int(self.refused_batches.numpy()))
         self._report.warn_of_skipped_steps(int(self.skipped_steps.numpy()))
         if self._built is not None:
             self._report.warn_of_lost_updates(self._built.curvature)

@@ -1,8 +1,9 @@
-"""Warnings of what went wrong inside the graph, where nothing can be raised."""
+"""Warnings and errors of what went wrong inside the graph, where nothing can be raised."""
 
 import warnings
 
 from keras_kfac.curvature.model_curvature import ModelCurvature
+from keras_kfac.introspection.losses import NEGATIVE_WEIGHTS
 
 
 class ProblemReport:
@@ -10,8 +11,22 @@ class ProblemReport:
 
     def __init__(self) -> None:
         self._skipped = 0
+        self._refused = 0
         self._failed: dict[str, int] = {}
         self._lost: dict[str, int] = {}
+
+    def refuse_negative_weights(self, refused: int) -> None:
+        """Raises if more batches with negative weights have come since the last report.
+
+        Raises:
+            ValueError: If so.
+        """
+        new, self._refused = refused - self._refused, refused
+        if new > 0:
+            raise ValueError(
+                f"{NEGATIVE_WEIGHTS} Batches with others were left out. Received: negative weights, "
+                f"batches with these: {new}"
+            )
 
     def warn_of_skipped_steps(self, skipped: int) -> None:
         """Warns if more steps have been skipped since the last report."""

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from keras_kfac import KFAC, NegativeLogLikelihood
+from keras_kfac import KFAC, KFACCallback, NegativeLogLikelihood
 from tests import helpers
 
 # ---- Arguments ----------------------------------------------------------------------------------
@@ -256,6 +256,24 @@ def test_negative_sample_weights_are_refused(run_eagerly: bool) -> None:
     with pytest.raises(tf.errors.InvalidArgumentError, match="sample weights that are at least 0"):
         model.train_on_batch(x, y, sample_weight=weights)
     helpers.assert_same(helpers.weights(model), before)
+
+
+def test_negative_sample_weights_are_refused_under_xla() -> None:
+    """Nothing can be raised there: the batch is left out, and the callback raises."""
+    model = helpers.compiled(helpers.mlp(), jit_compile=True)
+    x, y = helpers.vectors(2 * helpers.BATCH)
+    weights = np.ones(2 * helpers.BATCH)
+    weights[0] = -1
+    train = {"batch_size": helpers.BATCH, "shuffle": False, "verbose": 0}
+    train["callbacks"] = [KFACCallback()]
+    with pytest.raises(ValueError, match="at least 0.* Received: negative weights.*: 1$"):
+        model.fit(x, y, sample_weight=weights, epochs=3, **train)
+    optimizer = helpers.inner(model)
+    assert (int(optimizer.iterations), int(optimizer.refused_batches)) == (1, 1)
+    assert np.all(np.isfinite(np.concatenate([w.ravel() for w in helpers.weights(model)])))
+    with warnings.catch_warnings():  # It is old news after that.
+        warnings.simplefilter("error", UserWarning)
+        model.fit(x, y, sample_weight=np.ones_like(weights), **train)
 
 
 def test_sample_weights_of_another_shape_are_refused() -> None:

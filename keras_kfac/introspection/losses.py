@@ -20,7 +20,7 @@ from keras_kfac.math.likelihood import (
 )
 from keras_kfac.math.linalg import scalar, with_rank
 
-_NEGATIVE = (
+NEGATIVE_WEIGHTS = (
     "A Fisher matrix of losses or examples of negative weight may not be positive semi-definite. "
     "K-FAC needs loss weights and sample weights that are at least 0."
 )
@@ -118,7 +118,9 @@ class Term:
         Raises:
             RuntimeError: Without targets.
             ValueError: If the likelihood does not suit the outputs, or XLA.
+            tf.errors.InvalidArgumentError: For negative weights.
         """
+        self._check_signs()
         if self.needs_targets or needs_targets:
             _ = self.targets
         if self.likelihood is None:
@@ -180,11 +182,8 @@ class Term:
 
     def _by_value(self) -> tf.Tensor:
         """Derivative of the total loss by each of the loss's own values."""
-        loss, outputs, sample_weight = self.score.loss, self.outputs, self.score.sample_weight
-        tf.debugging.assert_non_negative(self.score.weight, _NEGATIVE)
-        if sample_weight is not None:
-            sample_weight = tf.cast(sample_weight, loss.dtype)  # As Keras does; of booleans, too.
-            tf.debugging.assert_non_negative(sample_weight, _NEGATIVE)
+        loss, outputs, sample_weight = self.score.loss, self.outputs, self._sample_weight
+        self._check_signs()
         if self._ignores:
             classes = tf.reshape(self.targets, tf.shape(outputs)[:-1])
             counts = tf.not_equal(tf.cast(classes, tf.int64), _ignored_class(loss))
@@ -199,6 +198,26 @@ class Term:
         # Without a reduction both have an entry for each value, of a shape of Keras's own.
         weight = tf.broadcast_to(scalar(self.score.weight, total.dtype), tf.shape(total))
         return tape.gradient(total, values, output_gradients=weight)
+
+    def _check_signs(self) -> None:
+        for weights in self._weights:
+            tf.debugging.assert_non_negative(weights, NEGATIVE_WEIGHTS)
+
+    def counts_negatively(self) -> tf.Tensor:
+        """Whether a weight is negative, which XLA does not refuse; boolean scalar."""
+        return tf.reduce_any([tf.reduce_any(weights < 0) for weights in self._weights])
+
+    @property
+    def _sample_weight(self) -> tf.Tensor | None:
+        weights = self.score.sample_weight
+        # As Keras does; of booleans, too.
+        return None if weights is None else tf.cast(weights, self.score.loss.dtype)
+
+    @property
+    def _weights(self) -> list[tf.Tensor]:
+        """All weights that the values of the loss are multiplied by."""
+        weights = [tf.convert_to_tensor(self.score.weight)]
+        return weights if self._sample_weight is None else [*weights, self._sample_weight]
 
     def _check_positions(self, weights: tf.TensorShape) -> None:
         """Refuses weights of single outputs, where the likelihood is that of all of a position."""
