@@ -24,8 +24,8 @@ class ProblemReport:
         new, self._refused = refused - self._refused, refused
         if new > 0:
             raise ValueError(
-                f"{NEGATIVE_WEIGHTS} Batches with others were left out. Received: negative weights, "
-                f"batches with these: {new}"
+                f"{NEGATIVE_WEIGHTS} Batches with others were left out. Received: batches with "
+                f"negative weights: {new}"
             )
 
     def warn_of_skipped_steps(self, skipped: int) -> None:

@@ -82,6 +82,16 @@ class TestPositions:
         expected = layer_block(model, *arguments, model.layers[0], **options)
         assert_close(block(model, *arguments, self.WEIGHTS), expected)
 
+    @pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight", "sum_over_batch_size"])
+    def test_count_what_their_weights_say(self, reduction):
+        model, x, y = sequences()
+        weights = np.random.default_rng(1).uniform(size=(3, 5)) * self.WEIGHTS
+        arguments = MSE(reduction), x, y
+        expected = layer_block(model, *arguments, model.layers[0], sample_weight=weights)
+        assert_close(block(model, *arguments, weights), expected)
+        alike = np.where(weights > 0, weights.sum(1, keepdims=True), 0)  # not by examples alone
+        assert relative_difference(block(model, *arguments, alike), expected) > 0.1
+
     def test_of_weight_zero_can_hold_anything(self):
         model, x, y = sequences()
         other = np.where(self.WEIGHTS[..., None] > 0, x, 1e3)
@@ -113,6 +123,51 @@ class TestPositions:
         assert_close(a, rows.T @ rows / 15)
 
 
+class TestRealWeightsOfPositions:
+    """Each row of a layer counts what the positions do that it leads to."""
+
+    WEIGHTS = np.random.default_rng(1).uniform(0.1, 1, size=(3, 5))
+
+    def input_factor(self, *rest, weights=WEIGHTS):
+        keras.utils.set_random_seed(0)
+        _, x, y = sequences()
+        first = layers.Dense(6, dtype="float64")
+        model = keras.Sequential([keras.Input((5, 4), dtype="float64"), first, *rest])
+        ((a, _),) = factors(model, MSE(), x, y, sample_weight=weights, layers=[first])
+        return a
+
+    def expected(self, weights=WEIGHTS):
+        _, x, _ = sequences()
+        rows = np.concatenate([x, np.ones((3, 5, 1))], axis=-1)
+        return np.einsum("nt,nti,ntj->ij", weights / weights.sum(), rows, rows)
+
+    def test_behind_layers_of_single_positions(self):
+        rest = [layers.Activation("tanh", dtype="float64"), layers.Dense(2, dtype="float64")]
+        assert_close(self.input_factor(*rest), self.expected())
+
+    def test_behind_a_layer_that_turns_their_order(self):
+        def turned(x):
+            return keras.ops.flip(x, axis=1)
+
+        rest = [layers.Lambda(turned, dtype="float64"), layers.Dense(2, dtype="float64")]
+        assert_close(self.input_factor(*rest), self.expected(self.WEIGHTS[:, ::-1]))
+        assert relative_difference(self.expected(), self.expected(self.WEIGHTS[:, ::-1])) > 0.05
+
+    def test_behind_a_layer_that_mixes_them(self):
+        """Two positions into one: each counts what that does, and those of no position nothing."""
+        rest = [
+            layers.Conv1D(2, 2, strides=2, dtype="float64"),
+            layers.UpSampling1D(2, dtype="float64"),
+        ]
+        rest.append(layers.ZeroPadding1D((0, 1), dtype="float64"))
+        pairs = np.repeat(self.WEIGHTS[:, :2], 2, axis=1)  # Alike where they come from one.
+        weights = np.concatenate([pairs, self.WEIGHTS[:, :1]], axis=1)
+        # The last row leads to nothing: it counts as the others of its example do on average.
+        rows = np.concatenate([pairs, pairs.mean(1, keepdims=True)], axis=1)
+        rows *= weights.sum(1, keepdims=True) / rows.sum(1, keepdims=True)
+        assert_close(self.input_factor(*rest, weights=weights), self.expected(rows))
+
+
 class TestPositionsOfOtherLayers:
     """Those of weight 0 do not count in convolutions, recurrent layers and calls step by step."""
 
@@ -127,7 +182,11 @@ class TestPositionsOfOtherLayers:
         (found,) = factors(model, MSE(), x, y, **options)
         return found
 
-    @pytest.mark.parametrize("weights", [WEIGHTS, np.array([[1.0], [0], [2]])], ids=["5", "1"])
+    REAL = WEIGHTS * np.random.default_rng(1).uniform(size=(3, 5))
+
+    @pytest.mark.parametrize(
+        "weights", [WEIGHTS, REAL, np.array([[1.0], [0], [2]])], ids=["5", "real", "1"]
+    )
     @pytest.mark.parametrize("name", ["conv", "grouped", "steps", "einsum"])
     def test_are_as_those_of_a_dense_layer(self, name, weights):
         """By factors, where the layer is the same map of every position."""

@@ -244,11 +244,15 @@ class LayerAdapter(abc.ABC):
         """
         return None
 
-    def counting_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:
-        """Which rows have a gradient, `[batch, positions]`; or which examples, `[batch, 1]`."""
+    def arriving(self, gradients: Any, *observed: Any) -> tf.Tensor:
+        """What arrives at each row, `[batch, positions, n]`; or each example, `[batch, 1, n]`."""
         rows = self.output_rows(gradients, *observed)
-        counts = tf.reduce_any(rows != 0, axis=-1)
-        return tf.reduce_any(counts, axis=list(range(counts.shape.rank - 2)))
+        leading = rows.shape.rank - 3
+        if not leading:
+            return rows
+        order = [leading, leading + 1, *range(leading), leading + 2]
+        shape = tf.shape(rows)[leading : leading + 2]
+        return tf.reshape(tf.transpose(rows, order), [*tf.unstack(shape), -1])
 
     @abc.abstractmethod
     def output_rows(self, gradients: tf.Tensor, *observed: Any) -> tf.Tensor:

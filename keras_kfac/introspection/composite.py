@@ -166,11 +166,11 @@ class CrossAdapter(CompositeAdapter):
         total, weight = map(tf.add_n, zip(*moments))
         return total, weight
 
-    def counting_rows(self, gradients: Any, *observed: Any) -> tf.Tensor:
-        """Which rows of the first layer have a gradient."""
+    def arriving(self, gradients: Any, *observed: Any) -> tf.Tensor:
+        """What arrives at the rows of the first layer in its calls."""
         first = self.parts[0]
-        each = [first.counting_rows(g, *seen) for g, seen in zip(gradients[0], observed[0])]
-        return tf.reduce_any(each, axis=0)
+        each = [first.arriving(g, *seen) for g, seen in zip(gradients[0], observed[0])]
+        return tf.concat(each, axis=-1)
 
     def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
         """Which rows of the first layer are no padding in one of its calls."""

@@ -149,10 +149,14 @@ class Term:
     @property
     def tells_positions_apart(self) -> bool:
         """Whether positions of one example may count differently."""
-        weights = self.score.sample_weight
-        shape = () if weights is None else tf.convert_to_tensor(weights).shape
-        has_own = any(size != 1 for size in shape[1:])
-        return has_own or self._ignores or _keras_internals.mask_of(self.outputs) is not None
+        is_masked = _keras_internals.mask_of(self.outputs) is not None
+        return self.weighs_positions or self._ignores or is_masked
+
+    @property
+    def weighs_positions(self) -> bool:
+        """Whether positions of one example may have weights of their own."""
+        weights = self._sample_weight
+        return weights is not None and any(size != 1 for size in weights.shape[1:])
 
     @property
     def _is_convex(self) -> bool:

@@ -123,23 +123,23 @@ class ScoredPass(NamedTuple):
             return tensor
         if self._is_other(tensor):
             return tensor
-        has_batch, count = self._has_batch(tensor), tf.shape(self.places)[0]
+        is_batch, count = self.has_batch(tensor), tf.shape(self.places)[0]
         # No branch: there are tensors of every layer, and branches take long to trace.
-        numbers = tf.range(tf.where(has_batch, count, tf.shape(tensor)[0]))
+        numbers = tf.range(tf.where(is_batch, count, tf.shape(tensor)[0]))
         places = tf.gather(self.places, tf.minimum(numbers, count - 1))
-        return tf.gather(tensor, tf.where(has_batch, places, numbers))
+        return tf.gather(tensor, tf.where(is_batch, places, numbers))
 
     def scale_of(self, tensor: tf.Tensor) -> tf.Tensor:
         """What sums over inputs are to be multiplied by to stand for the whole batch."""
         if self.places is None:
             return self.scale
-        return tf.where(self._has_batch(tensor), self.scale, 1)
+        return tf.where(self.has_batch(tensor), self.scale, 1)
 
     def _is_other(self, tensor: tf.Tensor) -> bool:
         """Whether it is plain that the first axis is not the batch."""
         return self.forward_pass.has_unknown_batch and tensor.shape[0] is not None
 
-    def _has_batch(self, tensor: tf.Tensor) -> tf.Tensor:
+    def has_batch(self, tensor: tf.Tensor) -> tf.Tensor:
         """Whether the first axis is the batch, or of the same length by chance."""
         is_as_long = tf.equal(tf.shape(tensor)[0], self.batch)
         return tf.constant(False) if self._is_other(tensor) else is_as_long
@@ -159,9 +159,9 @@ class ScoredPass(NamedTuple):
             return None  # As is plain before it runs.
         result, end = [], tf.shape(self.weights[0])[0]
         for out in outputs:
-            has_batch = self._has_batch(out)
-            result.append(tf.where(has_batch, 0, end))
-            end += tf.where(has_batch, 0, tf.shape(out)[0])
+            is_batch = self.has_batch(out)
+            result.append(tf.where(is_batch, 0, end))
+            end += tf.where(is_batch, 0, tf.shape(out)[0])
         return result
 
     def arrived(
@@ -190,101 +190,3 @@ class ScoredPass(NamedTuple):
             ]
             for adapter in adapters
         ]
-
-    def row_weights(
-        self, adapters: Sequence[LayerAdapter], seed: tf.Tensor, dtype: tf.DType
-    ) -> Placed:
-        """What examples count, `[used]`, or rows, `[used, positions]`; nothing if all alike.
-
-        An example counts what it does in the terms of the loss that the layer has a part in, where
-        it can be told spread over those of its positions, and of its calls, that do. One pass
-        backwards for each term tells which these are: there the gradient of random numbers is not
-        zero. Another one, as if all positions of the outputs counted, tells where it is zero in any
-        case, behind a relu or a pooling layer for instance: such rows count as often as others of
-        the example. Rows of something else than examples, of positions that all of them share for
-        instance, count alike where they do.
-        """
-        if not self.is_weighted:
-            return {}
-        layers = [layer for adapter in adapters for layer in adapter.layers]
-        found: Placed = {}
-        for index, (term, coefficients) in enumerate(self.terms):
-            outputs, _ = term.differentiable(term.outputs)
-            own_seed = tf.random.experimental.stateless_fold_in(seed, index)
-            vector = tf.random.stateless_normal(tf.shape(outputs), own_seed, dtype=outputs.dtype)
-            counts = with_rank(tf.cast(coefficients > 0, vector.dtype), vector.shape.rank)
-            gradients = [self.forward_pass.output_gradients(layers, outputs, vector * counts)]
-            if term.tells_positions_apart:
-                gradients.append(self.forward_pass.output_gradients(layers, outputs, vector))
-            for adapter in adapters:
-                calls = self._counting(adapter, gradients, dtype)
-                mine = found.setdefault(id(adapter), {})
-                for place, own in zip(
-                    self.observed[id(adapter)], _weights(self.weights[index], calls)
-                ):
-                    mine[place] = mine[place] + own if place in mine else own
-        return found
-
-    def _counting(
-        self, adapter: LayerAdapter, gradients: Sequence[dict[int, Any]], dtype: tf.DType
-    ) -> "list[_Counting]":
-        """How much the rows of each call count, from gradients of what counts, and of all."""
-        calls = []
-        for place, seen in self.observed[id(adapter)].items():
-            found = []
-            for each in gradients:
-                arrived = adapter.arrived(each, place)
-                own = tf.nest.map_structure(lambda g: self.used(g, dtype), arrived)
-                found.append(adapter.counting_rows(own, *seen))
-            counts, is_alive = found[0], found[-1]
-            mask = adapter.row_mask(counts[..., tf.newaxis], *seen)
-            is_real = tf.ones_like(counts) if mask is None else mask > 0
-            is_alive &= is_real
-            alive, counted = (
-                tf.reduce_sum(tf.cast(rows, dtype), axis=1, keepdims=True)
-                for rows in (is_alive, is_alive & counts)
-            )
-            has_batch = self._has_batch(tf.nest.flatten(arrived)[0])
-            # None do of a layer that the term does not depend on, and none that stand alone.
-            otherwise = tf.cast(has_batch & tf.reduce_any(counts), dtype)
-            share = tf.where(alive > 0, tf.math.divide_no_nan(counted, alive), otherwise)
-            rows = tf.where(is_alive, tf.cast(counts, dtype), share) * tf.cast(is_real, dtype)
-            calls.append(_Counting(rows, has_batch))
-        return calls
-
-
-class _Counting(NamedTuple):
-    """How much the rows of a call count.
-
-    Attributes:
-        rows: `[batch, positions]` in [0, 1], or another first axis.
-        has_batch: Whether that is the batch.
-    """
-
-    rows: tf.Tensor
-    has_batch: tf.Tensor
-
-    def of_examples(self, count: tf.Tensor) -> tf.Tensor:
-        """How many rows of each of so many examples count; 0 where rows are none of theirs."""
-        return self._aligned(tf.reduce_sum(self.rows, axis=1), count, tf.zeros((), self.rows.dtype))
-
-    def weighted(self, of_examples: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
-        """The rows, by factors of their examples; where they are others, such that all count."""
-        number, positions = tf.unstack(tf.shape(self.rows))
-        total = tf.reduce_sum(self.rows, axis=1)
-        alike = tf.math.divide_no_nan(mean * tf.cast(positions, mean.dtype), total)
-        return self._aligned(of_examples, number, alike)[:, tf.newaxis] * self.rows
-
-    def _aligned(self, values: tf.Tensor, count: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-        """Values for so many rows or examples, others where the two don't belong together."""
-        places = tf.minimum(tf.range(count), tf.shape(values)[0] - 1)
-        return tf.where(self.has_batch, tf.gather(values, places), other)
-
-
-def _weights(weights: tf.Tensor, calls: Sequence[_Counting]) -> list[tf.Tensor]:
-    """What the rows of each call count: on average over those of an example, what that does."""
-    count, dtype = tf.shape(weights)[0], weights.dtype
-    counted = tf.add_n([call.of_examples(count) for call in calls])
-    positions = tf.add_n([tf.shape(call.rows)[1] for call in calls])
-    factors = tf.math.divide_no_nan(weights * tf.cast(positions, dtype), counted)
-    return [call.weighted(factors, tf.reduce_mean(weights)) for call in calls]

@@ -14,6 +14,7 @@ from keras_kfac.introspection.backward_passes import (
 )
 from keras_kfac.introspection.batch_part import WHOLE, BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.row_weights import row_weights
 from keras_kfac.introspection.scored_pass import Placed, ScoredPass
 from keras_kfac.math.inverses import identity
 
@@ -87,7 +88,7 @@ def collect(
         item = ScoredPass.of(forward_pass, uses, part, fold(pass_seed, _PART), dtype)
         called = [u for u in uses if u.calls(forward_pass)]
         counting = [u for u in called if u.averages_inputs]
-        weighted.append((item, item.row_weights(counting, fold(pass_seed, _PROBE), dtype)))
+        weighted.append((item, row_weights(item, counting, fold(pass_seed, _PROBE), dtype)))
         parts = _output_factors(item, called, fisher, samples, pass_seed, dtype)
         for key, factor in parts.items():
             output_factors[key] += factor
@@ -109,13 +110,13 @@ def _input_factor(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """The input factor, and its weight beside those of other batches."""
     total, weight, batches = (tf.zeros((), dtype) for _ in range(3))
-    for item, row_weights in weighted:
+    for item, of_rows in weighted:
         # So that weights of 1 count as none do, whatever the reduction.
         batches += tf.cast(item.batch, dtype) if item.is_weighted else item.total
         for place, call in adapter.calls(item.forward_pass).items():
             inputs = tf.nest.map_structure(item.used, call.inputs)
             scale = item.scale_of(tf.nest.flatten(call.inputs)[0])
-            weights = row_weights.get(id(adapter), {}).get(place)
+            weights = of_rows.get(id(adapter), {}).get(place)
             # What takes a part of the batch takes a part of the positions, too.
             part = adapter if item.places is None else adapter.thinned(inputs)
             observed = item.observed[id(adapter)][place]

@@ -80,6 +80,26 @@ def stretched(mask: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     return tf.cast(counts, mask.dtype)
 
 
+def energy_shares(rows: tf.Tensor, whole: tf.Tensor) -> tf.Tensor:
+    """The squared length of each row as a share of another's; 0 where that has none, at most 1.
+
+    Args:
+        rows: `[..., d]`.
+        whole: Likewise.
+
+    Returns:
+        `[...]`, in [0, 1].
+
+    Example:
+    >>> energy_shares(tf.constant([[3.0, 0.0]]), tf.constant([[0.0, 6.0]])).numpy().tolist()
+    [0.25]
+    """
+    unit = tf.reduce_max(tf.abs(whole), axis=-1, keepdims=True)  # Squares can be too small.
+    parts = (tf.math.divide_no_nan(tensor, unit) for tensor in (rows, whole))
+    part, total = (tf.reduce_sum(tf.square(tensor), axis=-1) for tensor in parts)
+    return tf.minimum(tf.math.divide_no_nan(part, total), 1)
+
+
 def rows_of_positions(tensor: tf.Tensor) -> tf.Tensor:
     """`[batch, ..., features]` to `[batch, positions, features]`."""
     if tensor.shape.rank == 2:
