@@ -9,10 +9,11 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import scipy
 import tensorflow as tf
 
 from keras_kfac import FisherMatrix
-from keras_kfac.introspection.batch_part import BatchPart, places_of
+from keras_kfac.introspection.batch_part import BatchPart, parts_for_whole, places_of
 from tests import helpers
 from tests.cases import LOSS, factors, mlp
 from tests.reference import assert_close, dense_ggn, kron, layer_block, relative_difference
@@ -373,6 +374,25 @@ def test_parts_take_examples_that_count():
         assert set(places) == set(range(90, 100))
         assert set(places_of(part, [counts, other], [0, seed]).numpy()) < set(range(89, 100))
     assert set(places_of(part, [1 - counts], [0, 0]).numpy()) < set(range(90))
+
+
+@pytest.mark.parametrize("labelled", [1, 3, 20])
+def test_parts_are_fair_to_outputs_of_few_examples(labelled):
+    """Their mean over draws is the whole, though many draws have none of these examples."""
+    rng = np.random.default_rng(0)
+    common = tf.constant(rng.uniform(1, 2, size=(20,)))
+    rare = tf.constant(np.repeat([[1.0, 0.0]], [labelled, 20 - labelled], axis=1)[0])
+    of_examples = rng.normal(size=20) + 3
+    part, found = BatchPart(0.25), []
+    for seed in range(600):
+        places = places_of(part, [common, rare], [0, seed])
+        scaled = parts_for_whole([common, rare], places)
+        found.append([float(tf.reduce_sum(tf.gather(c * of_examples, places))) for c in scaled])
+    error = np.std(found, axis=0) / np.sqrt(600)
+    whole = [np.sum(common * of_examples), np.sum(rare * of_examples)]
+    np.testing.assert_array_less(np.abs(np.mean(found, axis=0) - whole), 4 * error)
+    missed = np.mean(np.array(found)[:, 1] == 0)
+    assert missed == pytest.approx(scipy.special.comb(20 - labelled, 5) / 15504, abs=0.1)
 
 
 class Positions(layers.Layer):

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_kfac.introspection.batch_part import WHOLE, BatchPart, places_of, whole_over_part
+from keras_kfac.introspection.batch_part import WHOLE, BatchPart, parts_for_whole, places_of
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.observed_losses import AddedLoss
 from keras_kfac.introspection.replay import Weights, tangents
@@ -64,7 +64,7 @@ def _of_pass(
     places = None
     if not part.is_whole:
         places = places_of(part, coefficients, seed)
-        coefficients = [tf.gather(c, places) * whole_over_part(c, places) for c in coefficients]
+        coefficients = [tf.gather(c, places) for c in parts_for_whole(coefficients, places)]
 
     def differentiable(outputs: Any) -> list[tf.Tensor]:
         flat = tf.nest.flatten(outputs)

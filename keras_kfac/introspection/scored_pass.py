@@ -6,7 +6,12 @@ from typing import Any, NamedTuple, Self
 import tensorflow as tf
 
 from keras_kfac.introspection.adapters import LayerAdapter
-from keras_kfac.introspection.batch_part import BatchPart, places_of, whole_over_part
+from keras_kfac.introspection.batch_part import (
+    BatchPart,
+    parts_for_whole,
+    places_of,
+    whole_over_part,
+)
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import Term
 from keras_kfac.math.linalg import with_rank
@@ -71,8 +76,8 @@ class ScoredPass(NamedTuple):
             scale = whole_over_part(weights, places)
             is_used = tf.scatter_nd(places[:, tf.newaxis], tf.ones_like(places), [batch])
             coefficients = [
-                c * with_rank(tf.cast(is_used, dtype) * whole_over_part(c, places), c.shape.rank)
-                for c in coefficients
+                c * with_rank(tf.cast(is_used, dtype), c.shape.rank)
+                for c in parts_for_whole(coefficients, places)
             ]
             each = [tf.gather(own, places) for own in each]
         item = cls(
