@@ -107,9 +107,11 @@ class KFAC(SteppingOptimizer):
               blocks between layers included.
             - `"diagonal"`: the diagonal of the block. `"full"`: the block as it is, for small
               layers: a matrix with a row for each weight. `"dense"`: the Fisher matrix of all
-              layers that have this structure as it is, for small models. Of more than 4096 weights
-              it is that of the step's batch alone, by its samples: no matrix is kept, but each step
-              takes the passes backwards that `fisher` takes for an update of the factors.
+              layers that have this structure as it is, for small models.
+            - `"sample_space"`: that of the step's batch alone, by its samples: no matrix is kept,
+              but each step takes the passes backwards that `fisher` takes for an update of the
+              factors. For more weights than samples and outputs. `"dense"` is this, too, of more
+              than 4096 weights.
             - `"tridiagonal"`: for a chain of `Dense` layers, with what neighbours have in common.
               In factored damping only.
 

@@ -67,8 +67,8 @@ class WeightNoise(keras.callbacks.Callback):
             decay, several outputs, a loss that is no likelihood or no mean over examples, weights
             without an L2 regulariser in common, or constrained; `fisher="forward_only"`; or a
             `curvature` that keeps no Fisher matrix (`"inverse_free"`, `"tridiagonal"`,
-            `"linear_exact"`, `"dense"` of more than 4096 weights); or outputs with a mask, or
-            examples with weights.
+            `"linear_exact"`, `"sample_space"`, `"dense"` of more than 4096 weights); or outputs
+            with a mask, or examples with weights.
 
     Example:
     >>> x = np.random.default_rng(0).normal(size=(32, 2))

@@ -197,13 +197,13 @@ class TestStructures:
 
         Undamped that takes more: what fewer samples say nothing of stays as it is in the weights.
         """
-        monkeypatch.setattr(dense, "MAX_KEPT", 0)
+        monkeypatch.setattr(dense.DenseBlock, "max_kept", 0)
         optimizer = structure("dense", damping=damping)
         original, rewritten = outputs_after_training(optimizer, kind, examples=examples)
         assert relative_difference(rewritten, original) < 1e-9
 
     def test_dense_by_few_samples_is_not_invariant_to_affine_maps(self, monkeypatch):
-        monkeypatch.setattr(dense, "MAX_KEPT", 0)
+        monkeypatch.setattr(dense.DenseBlock, "max_kept", 0)
         optimizer = structure("dense", damping=1e-3)
         assert_differ(*outputs_after_training(optimizer, "affine", examples=20))
 

@@ -23,7 +23,7 @@ FIXED = {"momentum": 0.0, "learning_rate": 1.0, "damping": DAMPING, "kl_clip": N
 @pytest.fixture
 def by_samples(monkeypatch):
     """No model is small enough for a matrix."""
-    monkeypatch.setattr(dense, "MAX_KEPT", 0)
+    monkeypatch.setattr(dense.DenseBlock, "max_kept", 0)
 
 
 def solution(fisher, gradient, damping=DAMPING):
@@ -205,7 +205,7 @@ class TestSteps:
         """With the same draws: of so small a batch the matrix, too, knows all."""
         options = {"fisher": fisher, "fisher_samples": samples}
         found, _ = step_of(mlp((5, 4, 3)), *joint.data(), **options)
-        monkeypatch.setattr(dense, "MAX_KEPT", 4096)
+        monkeypatch.setattr(dense.DenseBlock, "max_kept", 4096)
         expected, _ = step_of(mlp((5, 4, 3)), *joint.data(), **options)
         assert_close(found, expected)
 
@@ -214,7 +214,7 @@ class TestSteps:
         """Rows of both, and signs between them where the Fisher matrix is the empirical one."""
 
         def step(limit):
-            monkeypatch.setattr(dense, "MAX_KEPT", limit)
+            monkeypatch.setattr(dense.DenseBlock, "max_kept", limit)
             keras.utils.set_random_seed(0)
             inputs = keras.Input((5,), dtype="float64")
             trunk = layers.Dense(4, "tanh", dtype="float64")(inputs)
@@ -420,8 +420,8 @@ def test_large_models_keep_no_matrix():
     model = scientific()
     model.compile(KFAC(curvature="dense").attach(model), "mse")
     coverage = model.optimizer.coverage()
-    assert [row.block for row in coverage] == ["dense"] * 3
-    reason = "4,353 weights: by the samples of each batch, none kept"
+    assert [row.block for row in coverage] == ["sample_space"] * 3
+    reason = "4,353 weights, by the samples of each batch: no matrix is kept"
     assert {row.reason for row in coverage} == {reason}
     assert coverage.memory == 4 * 8
     small = scientific(62)
@@ -429,6 +429,21 @@ def test_large_models_keep_no_matrix():
     assert small.count_params() == 62 * 62 + 62 * 4 + 1 == 4093
     assert small.optimizer.coverage().memory > 2 * 8 * 4093**2
     assert {row.reason for row in small.optimizer.coverage()} == {""}
+
+
+def test_small_models_keep_no_matrix_where_the_user_says_so():
+    """The same step as that of the matrix of the batch."""
+    (x, y), found = helpers.vectors(), []
+    options = FIXED | {"damping": 1e-3, "factor_ema_decay": 0.0, "fisher": "exact"}
+    for curvature, kept in (("sample_space", 4 * 8), ("dense", 4 * (3 * 39 * 39))):
+        keras.utils.set_random_seed(0)
+        model = helpers.compiled(helpers.mlp(), helpers.kfac(curvature=curvature, **options))
+        optimizer = helpers.inner(model).attach(model)
+        assert {row.block for row in optimizer.coverage()} == {curvature}
+        assert optimizer.coverage().memory < kept
+        model.train_on_batch(x, y)
+        found.append(np.concatenate([w.ravel() for w in model.get_weights()]))
+    assert_close(found[0], found[1], 1e-4)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import keras
 
 from keras_kfac import _keras_internals
 from keras_kfac.curvature.block import KroneckerBlock
-from keras_kfac.curvature.dense import DenseBlock
+from keras_kfac.curvature.dense import BatchBlock, DenseBlock
 from keras_kfac.curvature.eigenbasis import EigenbasisBlock
 from keras_kfac.curvature.exact import DiagonalBlock, FullBlock
 from keras_kfac.curvature.input_only import InputBlock
@@ -26,6 +26,7 @@ STRUCTURES: dict[str, type[KroneckerBlock]] = {
     "diagonal": DiagonalBlock,
     "full": FullBlock,
     "dense": DenseBlock,
+    "sample_space": BatchBlock,
     "tridiagonal": TridiagonalBlock,
 }
 KFAC = "kfac"

@@ -25,8 +25,8 @@ class CoverageRow:
         layer_type: Its class.
         weights: Number of trained weights it owns (scalars, not tensors).
         block: Its curvature block: `"kronecker"`, `"ekfac"`, `"input"`, `"inverse_free"`,
-            `"linear_exact"`, `"full"`, `"diagonal"`, `"dense"` or `"tridiagonal"`; or `"fallback"`
-            or `"frozen"`.
+            `"linear_exact"`, `"full"`, `"diagonal"`, `"dense"`, `"sample_space"` or
+            `"tridiagonal"`; or `"fallback"` or `"frozen"`.
         reason: Why it has no curvature block, or a coarser one than it could have; or why shared
             weights are treated by "reduce"; or empty.
         memory: Bytes that the factors and inverses of its blocks take.

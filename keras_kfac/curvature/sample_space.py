@@ -24,7 +24,7 @@ class SampleSpaceBlock(KroneckerBlock):
     the weights, whatever `product_dtype`.
     """
 
-    kind = "dense"
+    kind = "sample_space"
     needs_rows = True
     keeps_fisher = False
 
@@ -37,7 +37,7 @@ class SampleSpaceBlock(KroneckerBlock):
     @classmethod
     def note(cls, adapter: LayerAdapter) -> str:
         """What there is to say of it in `coverage()`."""
-        return f"{adapter.dims[1]:,} weights: by the samples of each batch, none kept"
+        return f"{adapter.dims[1]:,} weights, by the samples of each batch: no matrix is kept"
 
     @classmethod
     def inverse_parts(cls, adapter: LayerAdapter, inverse_type: type[Inverse]) -> Parts:
