@@ -17,6 +17,7 @@ from keras_kfac.curvature.spectrum import CurvatureSummary
 from keras_kfac.hyperparameters import ConfiguredOptimizer
 from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.replay import tensors_of
 from keras_kfac.math.inverses import ExactInverse, FactoredInverse
 from keras_kfac.math.linalg import scalar
 from keras_kfac.math.update_times import growing_decay, is_due
@@ -30,7 +31,7 @@ class Built:
     curvature: ModelCurvature
     coverage: Coverage
     covered: dict[int, keras.Variable]  # by index among the trained variables
-    outputs: list[tf.TensorShape]  # of the model, batch included
+    outputs: list[tf.TensorShape]  # of those of the model that are tensors, batch included
     has_masks: bool  # Whether some outputs have a mask.
 
 
@@ -208,7 +209,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
                 self.model_variable(f"velocity.{index}", variable.shape, variable.dtype)
         others = [i for i in range(len(self._trainable_variables)) if i not in covered]
         self.build_fallback(others)
-        outputs = tf.nest.flatten(passes[-1].outputs)
+        outputs = tensors_of(passes[-1].outputs)
         has_masks = any(_keras_internals.mask_of(output) is not None for output in outputs)
         shapes = [output.shape for output in outputs]
         self._built = Built(curvature, plan.rows, covered, shapes, has_masks)

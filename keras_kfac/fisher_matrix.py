@@ -171,6 +171,10 @@ class GaussNewtonMatrix(CurvatureMatrix):
     probabilities by the logits behind them, where Keras knows these. For others it depends on the
     targets, and it is positive semi-definite only if the loss is convex in the outputs.
 
+    Derivatives are TensorFlow's, as in training. That of a categorical cross-entropy by the logits
+    `f` is `softmax(f) - y`, as it is for targets that sum to 1; for others, such as rows of zeros,
+    it is not that of the loss's value.
+
     A `tf.linalg.LinearOperator` like `FisherMatrix`, which leaves the model as it is, too.
 
     Args:

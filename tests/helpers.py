@@ -68,6 +68,17 @@ class Places(keras.layers.Layer):
         return inputs + self.table(tf.range(self.table.input_dim))
 
 
+class WithOthers(keras.Model):
+    """Returns other things beside the output `"y"`: what a function makes of the inputs."""
+
+    def __init__(self, others: Callable[[tf.Tensor], dict[str, Any]]) -> None:
+        super().__init__()
+        self.dense, self.others = keras.layers.Dense(CLASSES), others
+
+    def call(self, x: tf.Tensor, training: bool = False) -> dict[str, Any]:
+        return {**self.others(x), "y": self.dense(x)}
+
+
 def mlp_with_batch_normalization() -> keras.Model:
     """A model of all kinds of blocks, and with weights that go to the fallback optimizer."""
     return mlp(keras.layers.BatchNormalization(name="norm"), Unknown(name="unknown"))

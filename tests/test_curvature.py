@@ -339,6 +339,21 @@ class TestSteps:
             assert np.linalg.norm(outside @ step) < limit * np.linalg.norm(step)
             assert np.linalg.norm(step) > 1e-3
 
+    def test_ekfac_with_damping_cuts_nothing(self):
+        """An input so small that its curvature may be rounding: it may be curvature, too."""
+        x, found = np.diag([1.0, 3e-4]), []
+        options = {"momentum": 0.0, "damping": 1e-9, "kl_clip": None, "learning_rate": 1.0}
+        for curvature in ("ekfac", "kfac"):
+            layer = layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+            model = keras.Sequential([keras.Input((2,)), layer])
+            own = {"curvature": curvature, "exact_damping": True, "fisher": "exact"}
+            optimizer = helpers.kfac(**options, **own).attach(model)
+            model.compile(optimizer, "mse", run_eagerly=True)
+            model.train_on_batch(x, np.ones((2, 1)))
+            found.append(layer.kernel.numpy())
+        assert_close(found[0], found[1], 1e-6)
+        assert_close(found[0], [[1], [1 / 3e-4]], 0.05)
+
     def test_what_is_rounding_in_a_factor_is_exact_in_a_diagonal(self):
         products = tf.constant([[1.0, 1e-6], [1e-6, 1e-12]])
         dense, diagonal = Structure(2), Structure(2, is_diagonal=True)

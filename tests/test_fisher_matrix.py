@@ -378,6 +378,7 @@ OTHER_LOSSES = {
     "log-cosh": lambda: keras.losses.LogCosh(dtype="float64", reduction="sum"),
     "poisson": lambda: keras.losses.Poisson(dtype="float64"),
     "squared-hinge": lambda: keras.losses.SquaredHinge(dtype="float64"),
+    "kl-divergence": lambda: keras.losses.KLDivergence(dtype="float64"),
     "focal": lambda: FOCAL(dtype="float64"),
     "cosine": lambda: keras.losses.CosineSimilarity(dtype="float64"),
 }
@@ -463,6 +464,59 @@ class TestGaussNewtonMatrix:
         other = GaussNewtonMatrix(model, x, y[:, 0]).to_dense()
         assert_close(other, FisherMatrix(model, x, y[:, 0]).to_dense())
         assert np.abs(other - expected).max() > 0.01 * np.abs(expected).max()
+
+    @pytest.mark.parametrize("name", ["cce-softmax", "bce-sigmoid"])
+    def test_of_targets_that_are_no_probabilities(self, name):
+        """By autodiff of Keras's loss, which TensorFlow takes for targets that sum to 1."""
+        y = np.array([[0, 0, 0], [1, 1, 0], [0.3, 1.9, 0.4]])
+        case, x = LOSS[name], RNG.normal(size=(3, 4))
+        model = mlp((4, 3, 3), head=case)
+        loss = type(case.make())(label_smoothing=0.1, dtype="float64")
+        model.compile("sgd", loss)
+
+        def of_logits(y, logits, **_):
+            return loss(y, getattr(keras.ops, case.activation)(logits))  # Keras looks through.
+
+        head, variables = without_head_activation(model), model.trainable_variables
+        expected = dense_ggn(head, of_logits, x, y, variables)
+        assert_close(GaussNewtonMatrix(model, x, y).to_dense(), expected)
+
+    def test_of_targets_that_make_no_tensor(self):
+        """Of times and of whether something happened then, say, in a model's own total."""
+
+        class Hazards(keras.losses.Loss):
+            def call(self, y_true, y_pred):
+                rates, happened = tf.exp(y_pred[..., 0]), y_true["happened"]
+                return rates * tf.reduce_sum(y_true["times"], axis=-1) - happened * y_pred[..., 0]
+
+        class Own(keras.Sequential):
+            def compute_loss(self, x, y, y_pred, sample_weight=None):
+                return Hazards(dtype="float64")(y, y_pred)
+
+        inputs, x = keras.Input((4,), dtype="float64"), RNG.normal(size=(5, 4))
+        model = Own([inputs, *mlp((4, 3, 1)).layers])
+        model.compile("sgd", "mse")
+        y = {"times": RNG.uniform(size=(5, 2)), "happened": RNG.integers(0, 2, 5)}
+        expected = dense_ggn(model, Hazards(dtype="float64"), x, y, model.trainable_variables)
+        assert_close(GaussNewtonMatrix(model, x, y).to_dense(), expected)
+
+    @pytest.mark.parametrize("from_logits", [False, True])
+    def test_logits_that_an_ignored_class_hides(self, from_logits):
+        """Keras replaces the outputs there, and loses what is behind all of them."""
+        model, x = mlp((4, 3, 3), head=LOSS["sce-softmax"]), RNG.normal(size=(5, 4))
+        options = {"from_logits": from_logits, "ignore_class": -1, "dtype": "float64"}
+        loss, y = keras.losses.SparseCategoricalCrossentropy(**options), np.array([0, 1, 2, -1, 1])
+        model.compile("sgd", loss)
+
+        def hidden(x, training):
+            return tf.identity(model(x, training=training))
+
+        expected = dense_ggn(hidden, loss, x, y, model.trainable_variables)
+        assert_close(GaussNewtonMatrix(model, x, y).to_dense(), expected)
+        fisher = FisherMatrix(model, x, y).to_dense()
+        difference = np.abs(fisher - expected).max()
+        # Of probabilities by the logits it is another than by themselves.
+        assert difference < 1e-10 if from_logits else difference > 1e-3
 
     def test_is_that_of_the_loss_whatever_the_optimizer_goes_by(self):
         model = mlp((4, 3, 3), head=LOSS["cce-softmax"])

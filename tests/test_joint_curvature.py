@@ -111,9 +111,22 @@ class TestDense:
         body = [keras.Input((4, 3)), helpers.Places(4, 3), keras.layers.Dense(2)]
         model = keras.Sequential(body)
         model.compile(KFAC(curvature="dense"), "mse")
-        match = r"of single examples.*Received: layer '.*table' with outputs of shape \(4, 3\)"
+        received = r"layer '.*table' with outputs of shape \(4, 3\), in a model of outputs of shape"
+        match = rf"first axis is not the batch.*Received: {received} \(8, 4, 2\)"
         with pytest.raises(ValueError, match=match):
             helpers.fit(model, (np.ones((8, 4, 3)), np.ones((8, 4, 2))))
+
+    @pytest.mark.usefixtures("either_way")
+    def test_outputs_that_are_no_rows_have_no_part(self):
+        found = []
+        for others in (lambda x: {"cache": None, "mean": tf.reduce_mean(x)}, lambda x: {}):
+            keras.utils.set_random_seed(0)
+            model = helpers.WithOthers(others)
+            model.compile(KFAC(curvature="dense").attach(model), {"y": "mse"}, run_eagerly=True)
+            x, y = data()
+            model.train_on_batch(x, {"y": y})
+            found.append(model.get_weights())
+        helpers.assert_same(found[0], found[1])
 
     def test_memory_is_that_of_one_matrix(self):
         """Layers have their shares of it."""

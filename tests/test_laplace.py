@@ -7,6 +7,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from keras_kfac import KFAC, LaplacePosterior, NegativeLogLikelihood, laplace
+from keras_kfac.introspection.data_likelihood import likelihood_term, log_likelihood
 from keras_kfac.math import predictive
 from keras_kfac.math.eigenbasis_normal import EigenbasisNormal
 from keras_kfac.math.evidence import best_precision, log_evidence
@@ -411,22 +412,36 @@ class TestOtherLikelihoods:
             assert_close(found.mean(), mean - 1, 1e-5)
             assert_close(found.stddev(), np.sqrt(square - mean**2), 1e-5)
 
-    def test_positions_that_do_not_count(self):
+    @pytest.mark.parametrize("ignored", [-1, 255])
+    def test_positions_that_do_not_count(self, ignored):
         """A language model of tied weights: by draws of weights alone."""
         table = layers.ReversibleEmbedding(4, 3, dtype="float64")
         model = keras.Sequential([keras.Input((5,), dtype="int32"), table, Projection(table)])
         loss = keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, ignore_class=-1, dtype="float64"
+            from_logits=True, ignore_class=ignored, dtype="float64"
         )
         x = RNG.integers(0, 4, (6, 5))
-        y = np.where(RNG.random((6, 5)) < 0.3, -1, x)
+        y = np.where(RNG.random((6, 5)) < 0.3, ignored, x)
+        counts = y != ignored
         posterior = laplace(compiled(model, loss), x, y)
         logarithms = tf.nn.log_softmax(model(x)).numpy()
-        each = np.take_along_axis(logarithms, np.maximum(y, 0)[..., None], axis=-1)[..., 0]
-        assert_close(posterior.log_likelihood, np.sum(each[y >= 0]))
+        each = np.take_along_axis(logarithms, x[..., None], axis=-1)[..., 0]
+        assert 0 < counts.sum() < 30
+        assert_close(posterior.log_likelihood, np.sum(each[counts]))
         assert posterior.predictive(x, "weights", draws=3).probs_parameter().shape == (6, 5, 4)
         with pytest.raises(ValueError, match=r"'weights'. Received: outputs of shape"):
             posterior.outputs(x)
+
+
+def test_outputs_that_are_no_tensors_have_no_likelihood():
+    model = mlp((4, 2))
+    model.compile("sgd", LOSS["mse"].make())
+    x, y = RNG.normal(size=(6, 4)), RNG.normal(size=(6, 2))
+    outputs = {"cache": None, "count": 3, "y": model(x)}
+    found, alone = (likelihood_term(model, o, tf.constant(y), None) for o in (outputs, model(x)))
+    assert_close(log_likelihood(found), log_likelihood(alone))
+    with pytest.raises(ValueError, match=r"models of one output.* Received: .* with 2 outputs"):
+        likelihood_term(model, {**outputs, "z": outputs["y"]}, tf.constant(y), None)
 
 
 class Projection(layers.Layer):

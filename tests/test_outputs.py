@@ -244,6 +244,21 @@ def test_an_output_without_loss_has_no_part():
     np.testing.assert_array_equal(model.get_layer("numbers").kernel, before)
 
 
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_outputs_that_are_no_tensors_have_no_part(run_eagerly):
+    x, found = RNG.normal(size=(16, 4)), []
+    for others in ({"cache": None, "count": 3, "rate": 0.5}, {}):
+        keras.utils.set_random_seed(0)
+        model = helpers.WithOthers(lambda x, others=others: others)
+        # One that adapts all of itself, and one that looks at the outputs of its pass.
+        optimizer = helpers.kfac(**(helpers.ADAPTIVE if run_eagerly else {}))
+        helpers.compiled(model, optimizer, {"y": "mse"}, run_eagerly=run_eagerly)
+        weights = {"sample_weight": {"y": np.arange(16) % 2}}
+        helpers.fit(model, (x, {"y": x[:, :3]}), **weights)
+        found.append(helpers.weights(model))
+    helpers.assert_same(found[0], found[1])
+
+
 def test_losses_are_seen_on_this_thread_and_in_training_only():
     from keras_kfac.introspection.observed_losses import observed_losses
 

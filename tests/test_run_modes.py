@@ -229,6 +229,23 @@ def test_adaptive_steps_are_the_same_in_every_mode(mode: Mode) -> None:
     assert float(model.optimizer.learning_rate) > 0
 
 
+@pytest.mark.parametrize("loop", [False, True], ids=["train_on_batch", "loop"])
+def test_functional_models_take_arrays_eagerly(loop: bool) -> None:
+    """Keras converts them within `call`, in the type of the inputs."""
+    found = []
+    for convert in (np.asarray, tf.constant):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((helpers.FEATURES,), dtype="float32")
+        model = keras.Model(inputs, keras.layers.Dense(helpers.CLASSES)(inputs))
+        helpers.compiled(model, helpers.kfac(**helpers.ADAPTIVE), run_eagerly=True)
+        helpers.inner(model).attach(model)
+        step = helpers.tape_step(model, None, model.optimizer) if loop else model.train_on_batch
+        for x, y in helpers.batches(helpers.vectors()):
+            step(convert(np.rint(4 * x).astype(np.int64)), convert(y))
+        found.append(helpers.weights(model))
+    helpers.assert_same(found[0], found[1])
+
+
 def conv_run(data_format: str, groups: int) -> keras.Model:
     """A trained convolution on the same images in either data format.
 

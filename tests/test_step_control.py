@@ -199,6 +199,20 @@ class TestReplay:
         replay = Replay(model, (x,), {"training": True})
         assert_close(replay.outputs({}, lambda batch: batch[:2]), model(x[:2]))
 
+    @pytest.mark.filterwarnings("ignore:Layer 'functional.* does not support masking")
+    def test_arrays_are_cut_as_tensors_are(self):
+        """Functional models are called with them as they come, and with masks."""
+        inputs = keras.Input((3, 4))
+        model = keras.Model(inputs, layers.GlobalAveragePooling1D()(layers.Dense(2)(inputs)))
+        x, mask = RNG.normal(size=(6, 3, 4)), RNG.random((6, 3)) < 0.5
+        expected = model(x, mask=mask)
+        assert np.abs(model(x) - expected).max() > 0.1
+        for given in (x, tf.constant(x)):
+            part = Replay(model, (given,), {"mask": mask}).of_examples(tf.constant([5, 2]))
+            assert_close(part.outputs({}), tf.gather(expected, [5, 2]), 1e-6)
+        taken = Replay(model, (np.arange(6),), {"flag": np.bool_(True)})
+        assert taken.argument("inputs").dtype == tf.int64
+
     def test_works_where_call_does_not_take_training(self):
         class Plain(keras.Model):
             def __init__(self):

@@ -441,6 +441,19 @@ def test_rows_that_all_examples_share_count_alike(lookup, run_eagerly, batch):
     assert np.linalg.eigvalsh(block.output_factor.value.numpy())[-1] > 0
 
 
+def test_scalars_beside_outputs_tell_nothing_of_the_batch():
+    """A graph for any batch tells a table of as many rows as there are examples from these."""
+    shared, inputs = Positions(5, 4, True), keras.Input((5, 4), dtype="float64")
+    outputs = layers.Dense(2, dtype="float64")(shared(inputs))
+    model = keras.Model(inputs, {"mean": keras.ops.mean(outputs), "y": outputs})
+    rng = np.random.default_rng(0)
+    x, y, weights = rng.normal(size=(6, 5, 4)), rng.normal(size=(6, 5, 2)), np.eye(6)[:, :1]
+    optimizer = helpers.kfac(fisher="exact", learning_rate=0.0)
+    helpers.compiled(model, optimizer, {"y": MSE()})
+    helpers.fit(model, (x, {"y": y}), batch_size=5, sample_weight={"y": weights})
+    assert_close(optimizer._known.curvature.blocks[0].input_factor, np.full(5, 0.2))
+
+
 def test_weights_of_one_number_for_each_example():
     """Keras makes one value of them, for outputs `[batch]`: all weights count for it alike."""
     keras.utils.set_random_seed(0)

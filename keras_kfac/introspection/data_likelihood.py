@@ -81,19 +81,21 @@ def _own_term(
 ) -> tuple[Term, float]:
     """The loss of a model of one output as a term, and its loss weight."""
     flat, (loss, weight) = tf.nest.flatten(outputs), only_loss(model)
-    if len(flat) != 1:
+    places = [place for place, output in enumerate(flat) if tf.is_tensor(output)]
+    if len(places) != 1:
         raise ValueError(
             "A posterior is for models of one output. Received: model "
-            f"{model.name!r} with {len(flat)} outputs"
+            f"{model.name!r} with {len(places)} outputs"
         )
     if loss is None:
         raise ValueError(
             "The likelihood belongs to a loss: compile the model with one. Received: model "
             f"{model.name!r} without a loss"
         )
-    (given,) = given_likelihoods(model, likelihood, outputs)
-    score = Score(as_loss(loss), flat[0], targets, is_complete=targets is not None)
-    term = understood(score, 0, given)
+    (place,) = places
+    given = given_likelihoods(model, likelihood, outputs)[place]
+    score = Score(as_loss(loss), flat[place], targets, is_complete=targets is not None)
+    term = understood(score, place, given)
     if term.likelihood is None:
         raise unknown_likelihood(term.score.loss)
     return term, weight
@@ -117,16 +119,20 @@ def log_likelihood(term: Term) -> tf.Tensor:
     targets = tf.convert_to_tensor(term.targets)
     if likelihood.make is normal_of_logarithm:
         targets = tf.math.log1p(targets)
-    values = tf.cast(_log_probability(distribution, targets, outputs), tf.float64)
-    return tf.reduce_sum(tf.where(term.coefficients() > 0, values, 0))
+    counts = term.coefficients() > 0
+    values = _log_probability(distribution, targets, outputs, counts)
+    return tf.reduce_sum(tf.where(counts, tf.cast(values, tf.float64), 0))
 
 
-def _log_probability(distribution: Any, targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """At each position; of targets that are probabilities of classes, the mean."""
+def _log_probability(
+    distribution: Any, targets: tf.Tensor, outputs: tf.Tensor, counts: tf.Tensor
+) -> tf.Tensor:
+    """At each position that counts; of targets that are probabilities of classes, the mean."""
     if isinstance(distribution, tfd.Categorical):
         if targets.shape.rank == outputs.shape.rank and targets.shape[-1] == outputs.shape[-1]:
             logarithms = tf.nn.log_softmax(distribution.logits_parameter())
             return tf.reduce_sum(tf.cast(targets, logarithms.dtype) * logarithms, axis=-1)
-        targets = tf.maximum(targets, 0)  # Ignored classes are negative.
+        # Ignored classes are none of the distribution.
+        targets = tf.where(counts, tf.reshape(targets, tf.shape(counts)), 0)
     shape = tf.concat([distribution.batch_shape_tensor(), distribution.event_shape_tensor()], 0)
     return distribution.log_prob(tf.cast(tf.reshape(targets, shape), distribution.dtype))

@@ -19,7 +19,7 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.losses import Score, Term
 from keras_kfac.introspection.observed_losses import AddedLoss
-from keras_kfac.introspection.replay import Replay
+from keras_kfac.introspection.replay import Replay, batches_among
 
 
 class LayerCall(NamedTuple):
@@ -72,8 +72,8 @@ class ForwardPass:
 
         By the outputs: on the way, a layer for batches of one size may have told it.
         """
-        shapes = [output.shape for output in tf.nest.flatten(self.outputs)]
-        return all(shape.rank and shape[0] is None for shape in shapes)
+        shapes = [output.shape for output in batches_among(self.outputs)]
+        return bool(shapes) and all(shape.rank and shape[0] is None for shape in shapes)
 
     def is_usable(self) -> bool:
         """Whether the recorded tensors belong to the computation under way."""

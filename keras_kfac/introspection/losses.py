@@ -301,8 +301,10 @@ class Term:
         """Whether the loss is of the logits behind the output, if there are any.
 
         Keras loses sight of them when it casts the output to the dtype of the loss, or drops or
-        adds a last axis, to have as many as the targets.
+        adds a last axis, to have as many as the targets, or replaces what is of an ignored class.
         """
+        if self._ignores:
+            return False
         is_reshaped = False
         if self.score.is_complete and self.likelihood is not None:
             own, other = self.outputs.shape, tf.convert_to_tensor(self.targets).shape

@@ -15,6 +15,7 @@ from keras_kfac.introspection.adapters import (
     own_variables,
 )
 from keras_kfac.introspection.forward_pass import ForwardPass, LayerCall
+from keras_kfac.introspection.replay import batches_among
 from keras_kfac.math import factors
 from keras_kfac.math.rows import Starts, aligned
 from keras_kfac.math.structure import Structure, Structures
@@ -29,12 +30,12 @@ def check_examples(forward_pass: ForwardPass, adapter: LayerAdapter) -> None:
     Raises:
         ValueError: If outputs of a layer have another first axis than those of the model.
     """
-    outputs = [o.shape for o in tf.nest.flatten(forward_pass.outputs) if tf.is_tensor(o)]
-    batch = {shape[0] for shape in outputs if shape.rank != 0}
+    outputs = [output.shape for output in batches_among(forward_pass.outputs)]
+    batch = {shape[0] for shape in outputs}
     for layer in adapter.layers:
         for call in forward_pass.calls.get(id(layer), []):
-            shapes = [output.shape for output in tf.nest.flatten(call.outputs)]
-            sizes = {shape[0] for shape in shapes if shape.rank != 0} - {None}
+            shapes = [output.shape for output in batches_among(call.outputs)]
+            sizes = {shape[0] for shape in shapes} - {None}
             if not sizes <= batch:
                 raise ValueError(
                     "A layer whose first axis is not the batch has no gradients of single "

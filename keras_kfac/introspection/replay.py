@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 Weights = Mapping[int, tf.Tensor]
@@ -36,14 +37,13 @@ class Replay:
 
     Args:
         layer: The model or layer.
-        args: What its `call` was given.
+        args: What its `call` was given: tensors, or arrays, which Keras gives to functional models.
         kwargs: Likewise.
     """
 
     def __init__(self, layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self._layer = layer
-        self._args = args
-        self._kwargs = kwargs
+        self._args, self._kwargs = tf.nest.map_structure(_without_arrays, (args, kwargs))
         self._states = [(v, tf.convert_to_tensor(v.value)) for v in layer.non_trainable_variables]
 
     def argument(self, name: str) -> Any:
@@ -101,13 +101,25 @@ class Replay:
             _replaying.active = False
 
 
-def _tensors(structure: Any) -> list[tf.Tensor]:
-    return [x for x in tf.nest.flatten(structure) if tf.is_tensor(x) and x.shape.rank != 0]
+def tensors_of(structure: Any) -> list[tf.Tensor]:
+    """The tensors among what a layer or model is given, or returns: other things may be, too."""
+    return [x for x in tf.nest.flatten(structure) if tf.is_tensor(x)]
+
+
+def batches_among(structure: Any) -> list[tf.Tensor]:
+    """Those of the tensors that have a first axis, which can be the batch."""
+    return [x for x in tensors_of(structure) if x.shape.rank != 0]
+
+
+def _without_arrays(x: Any) -> Any:
+    """A tensor in place of what is like an array, of its dtype: Keras casts either alike."""
+    is_array = hasattr(x, "__array__") and not tf.is_tensor(x) and np.ndim(x) > 0
+    return tf.convert_to_tensor(x) if is_array else x
 
 
 def _with_batches(structure: Any, function: Callable[[tf.Tensor], tf.Tensor]) -> Any:
     """Applies a function to all tensors with a batch axis: that of the first tensor."""
-    batch = _tensors(structure)[0].shape[:1]
+    batch = batches_among(structure)[0].shape[:1]
 
     def apply(x: Any) -> Any:
         is_batch = tf.is_tensor(x) and x.shape.rank != 0 and x.shape[:1].is_compatible_with(batch)
