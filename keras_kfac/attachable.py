@@ -58,7 +58,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
         In a custom loop, call the model and apply the gradients of the loss to its trainable
         weights as usual. All forward passes in training mode since the last step are taken to be
         terms of the loss, unless `model.compute_loss` is used: then those whose outputs it saw,
-        with their sample weights.
+        with their sample weights. A `compute_loss` of your own calls instances of
+        `keras.losses.Loss` on the outputs; what it adds to these has no part in the Fisher matrix.
 
         Args:
             model: The model that `optimizer` trains.

@@ -1,6 +1,7 @@
 """The hooks on the model: what they see, what they leave alone, and when they are refused."""
 
 import copy
+import functools
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -366,6 +367,15 @@ class OneTermOfTwo(keras.Sequential):
         return {"loss": loss}
 
 
+class TwoTermsWithin(keras.Sequential):
+    """The second forward pass of the two is made by `compute_loss`."""
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        other = self(-2.0 * x, training=True)
+        return sum(super(TwoTermsWithin, self).compute_loss(x, y, p) for p in (y_pred, other))
+
+
+@functools.cache
 def one_step(cls: type[keras.Sequential], scale: float = 1.0) -> dict[str, np.ndarray]:
     """Factors after one step on a batch."""
     with helpers.precision("float64"):
@@ -375,8 +385,9 @@ def one_step(cls: type[keras.Sequential], scale: float = 1.0) -> dict[str, np.nd
     return helpers.factors(model.optimizer)
 
 
-def test_factors_of_two_scored_passes_are_those_of_the_sum() -> None:
-    both, first, second = one_step(TwoTerms), *(one_step(keras.Sequential, s) for s in (1.0, -2.0))
+@pytest.mark.parametrize("cls", [TwoTerms, TwoTermsWithin])
+def test_factors_of_two_scored_passes_are_those_of_the_sum(cls: type[keras.Sequential]) -> None:
+    both, first, second = one_step(cls), *(one_step(keras.Sequential, s) for s in (1.0, -2.0))
     for name, factor in both.items():
         share = 0.5 if name.endswith("input_factor") else 1.0
         expected = share * (first[name] + second[name])
