@@ -63,7 +63,9 @@ class AttachableOptimizer(ConfiguredOptimizer):
 
         Args:
             model: The model that `optimizer` trains.
-            loss: Its loss, if it is not compiled with one: a name, function or `keras.Loss`.
+            loss: Its loss, if it is not compiled with one: a name, function or `keras.Loss`. It
+                counts what a loss of the output in its place does, and the loss weight of a model
+                that is compiled with one output; else it is taken as it is.
             variables: The variables to train, if not all trainable variables of the model: for a
                 model that shares layers with another.
 

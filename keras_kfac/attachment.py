@@ -152,7 +152,7 @@ class Attachment:
         if passes := [p for p in self._pending if p.is_usable()]:
             terms = observed.terms(total)
             if self._given_loss is not None:
-                score = given_score(self._given_loss, args, kwargs)
+                score = given_score(self._given_loss, args, kwargs, terms.scores)
                 terms = terms._replace(scores=[score])
             _note(passes, terms)
         return total

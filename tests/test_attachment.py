@@ -407,6 +407,50 @@ def test_step_without_forward_pass_is_refused() -> None:
         model.optimizer.apply_gradients(zip(gradients, model.trainable_variables))
 
 
+# ---- A loss that is named -----------------------------------------------------------------------
+
+
+class Weighs(keras.Sequential):
+    """Losses of its own, of the output."""
+
+    losses_of_output = (3.0,)
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        return sum(w * helpers.crossentropy()(y, y_pred) for w in self.losses_of_output)
+
+
+class WeighsTwice(Weighs):
+    losses_of_output = (1.0, 2.0)
+
+
+def factors_by_name(cls: type[keras.Sequential], train: Callable[..., None], **kwargs: Any) -> Any:
+    """After a step, of a loss that is named while another may be compiled."""
+    model = helpers.mlp(cls=cls)
+    optimizer = helpers.kfac(fisher="exact")
+    model.compile(optimizer, run_eagerly=True, **kwargs)
+    optimizer.attach(model, loss=helpers.crossentropy())
+    train(model, helpers.vectors(helpers.BATCH))
+    return helpers.named(optimizer, "output_factor")
+
+
+def test_loss_that_is_named_counts_what_that_of_the_model_does() -> None:
+    """Its loss weight, or what it is multiplied by in `compute_loss`."""
+    loss = helpers.crossentropy()
+    expected = factors_by_name(keras.Sequential, helpers.train_on_batches, loss=loss)
+    weighted = {"loss": loss, "loss_weights": 3.0}
+    for found in (
+        factors_by_name(keras.Sequential, helpers.train_on_batches, **weighted),
+        factors_by_name(keras.Sequential, helpers.tape_loop, **weighted),
+        factors_by_name(Weighs, helpers.train_on_batches),
+    ):
+        helpers.assert_same(found, {k: 3 * v for k, v in expected.items()}, rtol=1e-5, atol=1e-7)
+
+
+def test_one_name_for_several_losses_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"names one loss.* Received: losses \['sparse.*sparse"):
+        factors_by_name(WeighsTwice, helpers.train_on_batches)
+
+
 # ---- Two models, two optimizers -----------------------------------------------------------------
 
 
