@@ -59,11 +59,14 @@ class AttachableOptimizer(ConfiguredOptimizer):
         In a custom loop, call the model and apply the gradients of the loss to its trainable
         weights as usual. All forward passes in training mode since the last step are taken to be
         terms of the loss, unless `model.compute_loss` is used: then those whose outputs it saw,
-        with their sample weights.
+        with their sample weights. A `compute_loss` of your own calls instances of
+        `keras.losses.Loss` on the outputs; what it adds to these has no part in the Fisher matrix.
 
         Args:
             model: The model that `optimizer` trains.
-            loss: Its loss, if it is not compiled with one: a name, function or `keras.Loss`.
+            loss: Its loss, if it is not compiled with one: a name, function or `keras.Loss`. It
+                counts what a loss of the output in its place does, and the loss weight of a model
+                that is compiled with one output; else it is taken as it is.
             variables: The variables to train, if not all trainable variables of the model: for a
                 model that shares layers with another.
 

@@ -1,20 +1,25 @@
 """The seam with Keras: hooks by which a model tells its optimizer about a training step."""
 
 import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_kfac.curvature.coverage import BlockSettings, CoveragePlan, plan_coverage
-from keras_kfac.introspection.forward_pass import ForwardPass, is_recording
-from keras_kfac.introspection.known_losses import as_loss, likelihoods_of, only_entry, only_loss
-from keras_kfac.introspection.losses import Score, understood
+from keras_kfac.introspection.forward_pass import (
+    ForwardPass,
+    instance_attribute,
+    is_recording,
+)
+from keras_kfac.introspection.known_losses import likelihoods_of
+from keras_kfac.introspection.losses import understood
 from keras_kfac.introspection.model_pass import recorded_pass
-from keras_kfac.introspection.observed_losses import observed_losses
+from keras_kfac.introspection.observed_losses import ObservedLosses, Terms, observed_losses
+from keras_kfac.introspection.only_score import given_score, unseen_score
 from keras_kfac.introspection.replay import Replay, is_replaying
+from keras_kfac.introspection.unscored import check_scored
 from keras_kfac.math.likelihood import Likelihood
 
 # In eager custom loops, training-mode passes that no step ever uses (Monte-Carlo dropout, say)
@@ -51,6 +56,7 @@ class Attachment:
         self._replays = replays
         self._on_replaced = on_replaced
         self._pending: list[ForwardPass] = []
+        self._observed: ObservedLosses | None = None  # While `compute_loss` runs.
         self._is_inference = False
         self._loss_scale = 0.0
         self._hooked: list[str] = []
@@ -103,6 +109,8 @@ class Attachment:
         forward_pass.replay = replay
         self._pending = [p for p in self._pending if p.is_usable()][1 - _MOST_PENDING :]
         self._pending.append(forward_pass)
+        if self._observed is not None:
+            self._observed.watch(forward_pass.outputs)
         return forward_pass.outputs
 
     def _forget_overflow(self) -> None:
@@ -134,31 +142,20 @@ class Attachment:
     def _observed_compute_loss(
         self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        by_output = {id(o): p for p in self._pending for o in tf.nest.flatten(p.outputs)}
-        if self._is_inference or not by_output:
+        if self._is_inference or is_replaying():
             return compute_loss(*args, **kwargs)
         with observed_losses(self.model.losses) as observed:
-            total = compute_loss(*args, **kwargs)
-        names = ("x", "y", "y_pred", "sample_weight", "training")
-        scores, added = observed.terms(total)
-        if self._given_loss is not None:
-            scores = [self._given_score({**dict(zip(names, args)), **kwargs})]
-        seen = [(by_output[id(s.outputs)], s) for s in scores if id(s.outputs) in by_output]
-        if len(seen) < len(scores):
-            _warn_of_others([s for s in scores if id(s.outputs) not in by_output])
-        for forward_pass, _ in seen:  # Seen twice, it counts once.
-            forward_pass.scores = [score for other, score in seen if other is forward_pass]
-        self._pending[-1].added = added  # Each call of the model takes away those of the last one.
+            observed.watch([p.outputs for p in self._pending if p.is_usable()])
+            with instance_attribute(self, "_observed", observed):
+                total = compute_loss(*args, **kwargs)
+        # Those of calls within it, too.
+        if passes := [p for p in self._pending if p.is_usable()]:
+            terms = observed.terms(total)
+            if self._given_loss is not None:
+                score = given_score(self._given_loss, args, kwargs, terms.scores)
+                terms = terms._replace(scores=[score])
+            _note(passes, terms)
         return total
-
-    def _given_score(self, given: Mapping[str, Any]) -> Score:
-        """That of the loss which the attachment was made with, given the arguments."""
-        outputs = tf.nest.flatten(given["y_pred"])
-        targets = tf.nest.flatten(given.get("y"))
-        if len(outputs) != 1 or len(targets) != 1:
-            raise _one_output_only(len(outputs))
-        sample_weight = only_entry(given.get("sample_weight"))
-        return Score(as_loss(self._given_loss), outputs[0], targets[0], sample_weight)
 
     def _fresh_step(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._pending.clear()
@@ -184,9 +181,12 @@ class Attachment:
 
         Raises:
             RuntimeError: If there was none.
+            ValueError: If `compute_loss` takes no loss that tells the curvature.
         """
         usable = [p for p in self._pending if p.is_usable()]
         self._pending.clear()
+        if seen := [p for p in usable if p.is_seen]:
+            check_scored(self.model, seen, self.is_trained)
         passes = [p for p in usable if p.scores] or usable
         if not passes:
             raise RuntimeError(
@@ -197,7 +197,9 @@ class Attachment:
             )
         for forward_pass in passes:
             outputs = [id(output) for output in tf.nest.flatten(forward_pass.outputs)]
-            scores = forward_pass.scores or [self._unseen_score(forward_pass)]
+            scores = forward_pass.scores
+            if not scores:
+                scores = [unseen_score(self.model, self._given_loss, forward_pass.outputs)]
             given = self._likelihoods(forward_pass)
             places = [outputs.index(id(score.outputs)) for score in scores]
             forward_pass.terms = [understood(s, i, given[i]) for s, i in zip(scores, places)]
@@ -226,43 +228,24 @@ class Attachment:
         unreachable = {k: v for forward_pass in passes for k, v in forward_pass.unreachable.items()}
         return plan_coverage(self.model, is_trained, settings, called, unreachable)
 
-    def _unseen_score(self, forward_pass: ForwardPass) -> Score:
-        """That of the loss by itself, where `compute_loss` did not see the outputs.
 
-        Raises:
-            ValueError: If there is no loss, or more than one output.
-        """
-        loss, weight = self._given_loss, 1.0
-        if loss is None:
-            loss, weight = only_loss(self.model)
-        outputs = tf.nest.flatten(forward_pass.outputs)
-        if len(outputs) != 1:
-            raise _one_output_only(len(outputs))
-        if loss is None:
-            raise ValueError(
-                "K-FAC needs the loss of the model to know its Fisher matrix. Compile the model "
-                "with a loss, or name it: `optimizer.attach(model, loss=...)`. Received: "
-                f"model {self.model.name!r} without a loss"
-            )
-        return Score(as_loss(loss), outputs[0], weight=weight, is_complete=False)
-
-
-def _warn_of_others(scores: Sequence[Score]) -> None:
-    names = ", ".join(sorted({score.loss.name for score in scores}))
-    warnings.warn(
-        "A loss is of a tensor that the model does not return as it is. Its gradient counts, its "
-        "curvature is left out of K-FAC's. Let the model return that tensor, or give the loss the "
-        f"model's output. Losses: {names}",
-        stacklevel=2,
-    )
-
-
-def _one_output_only(outputs: int) -> ValueError:
-    return ValueError(
-        "K-FAC can't tell which loss belongs to which output. Compile the model with the losses of "
-        "its outputs, and in a custom training loop compute the total by `model.compute_loss(x, y, "
-        f"y_pred, sample_weight)`. Received: a model with {outputs} outputs"
-    )
+def _note(passes: Sequence[ForwardPass], terms: Terms) -> None:
+    """Notes on forward passes what makes up a total loss."""
+    scored = {id(score.outputs) for score in terms.scores}
+    all_outputs: set[int] = set()
+    for forward_pass in passes:
+        outputs = {id(output) for output in tf.nest.flatten(forward_pass.outputs)}
+        own = [score for score in terms.scores if id(score.outputs) in outputs]
+        unscored = [o for o in terms.unscored if id(o) in outputs and id(o) not in scored]
+        if own:  # Seen twice, it counts once.
+            forward_pass.scores = own
+        if own or unscored:
+            forward_pass.unscored = unscored
+        forward_pass.is_seen = True
+        all_outputs |= outputs
+    others = [score for score in terms.scores if id(score.outputs) not in all_outputs]
+    passes[-1].other_losses += [score.loss.name for score in others]
+    passes[-1].added = terms.added  # Each call of the model takes away those of the last one.
 
 
 def attachment_of(model: keras.Model) -> Attachment | None:

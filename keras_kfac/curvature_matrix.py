@@ -17,6 +17,7 @@ from keras_kfac.introspection.known_losses import (
 from keras_kfac.introspection.losses import Score, Term, understood
 from keras_kfac.introspection.observed_losses import observed_losses
 from keras_kfac.introspection.replay import Replay, tangents
+from keras_kfac.introspection.unscored import names_of, unscored_error
 from keras_kfac.math import spectra
 from keras_kfac.math.likelihood import Likelihood
 from keras_kfac.math.linalg import scalar, with_rank
@@ -267,14 +268,17 @@ def _terms(
             )
         return [term]
     with observed_losses() as observed:
+        observed.watch(flat)
         takes_training = "training" in inspect.signature(model.compute_loss).parameters
         training = {"training": False} if takes_training else {}
         total = model.compute_loss(x, y, outputs, sample_weight, **training)
     places = {id(output): index for index, output in enumerate(flat)}
-    scores = observed.terms(total).scores
+    scores, _, unscored = observed.terms(total)
     if any(id(score.outputs) not in places for score in scores):
         raise ValueError(
             "A curvature matrix is that of losses of the model's outputs as they are. Received: "
             f"losses {[score.loss.name for score in scores]} of other tensors"
         )
+    if unscored or not scores:
+        raise unscored_error(model, names_of(model, outputs, unscored))
     return [understood(s, places[id(s.outputs)], given[places[id(s.outputs)]]) for s in scores]

@@ -262,8 +262,10 @@ class KFAC(SteppingOptimizer):
         draws = self.fisher == Fisher.SAMPLED or self.can_adapt
         compiles = attachment.is_compiled and draws
         terms = [term for forward_pass in passes for term in forward_pass.terms]
+        # Their sums over the positions are enough for those that take the loss as it is.
+        sums = self.fisher in (Fisher.EMPIRICAL, Fisher.FORWARD_ONLY) and not self.can_adapt
         for term in terms:
-            term.check(self._damping_rule is not None, compiles_draws=compiles)
+            term.check(self._damping_rule is not None, not sums, compiles_draws=compiles)
         is_refused = tf.reduce_any([term.counts_negatively() for term in terms])
         built = _outside_graphs(lambda: self._build_curvature(passes))
 

@@ -1,6 +1,7 @@
 """The hooks on the model: what they see, what they leave alone, and when they are refused."""
 
 import copy
+import functools
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -366,6 +367,15 @@ class OneTermOfTwo(keras.Sequential):
         return {"loss": loss}
 
 
+class TwoTermsWithin(keras.Sequential):
+    """The second forward pass of the two is made by `compute_loss`."""
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        other = self(-2.0 * x, training=True)
+        return sum(super(TwoTermsWithin, self).compute_loss(x, y, p) for p in (y_pred, other))
+
+
+@functools.cache
 def one_step(cls: type[keras.Sequential], scale: float = 1.0) -> dict[str, np.ndarray]:
     """Factors after one step on a batch."""
     with helpers.precision("float64"):
@@ -375,8 +385,9 @@ def one_step(cls: type[keras.Sequential], scale: float = 1.0) -> dict[str, np.nd
     return helpers.factors(model.optimizer)
 
 
-def test_factors_of_two_scored_passes_are_those_of_the_sum() -> None:
-    both, first, second = one_step(TwoTerms), *(one_step(keras.Sequential, s) for s in (1.0, -2.0))
+@pytest.mark.parametrize("cls", [TwoTerms, TwoTermsWithin])
+def test_factors_of_two_scored_passes_are_those_of_the_sum(cls: type[keras.Sequential]) -> None:
+    both, first, second = one_step(cls), *(one_step(keras.Sequential, s) for s in (1.0, -2.0))
     for name, factor in both.items():
         share = 0.5 if name.endswith("input_factor") else 1.0
         expected = share * (first[name] + second[name])
@@ -394,6 +405,50 @@ def test_step_without_forward_pass_is_refused() -> None:
     gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
     with pytest.raises(RuntimeError, match=r"no forward pass.*Received"):
         model.optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+
+
+# ---- A loss that is named -----------------------------------------------------------------------
+
+
+class Weighs(keras.Sequential):
+    """Losses of its own, of the output."""
+
+    losses_of_output = (3.0,)
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        return sum(w * helpers.crossentropy()(y, y_pred) for w in self.losses_of_output)
+
+
+class WeighsTwice(Weighs):
+    losses_of_output = (1.0, 2.0)
+
+
+def factors_by_name(cls: type[keras.Sequential], train: Callable[..., None], **kwargs: Any) -> Any:
+    """After a step, of a loss that is named while another may be compiled."""
+    model = helpers.mlp(cls=cls)
+    optimizer = helpers.kfac(fisher="exact")
+    model.compile(optimizer, run_eagerly=True, **kwargs)
+    optimizer.attach(model, loss=helpers.crossentropy())
+    train(model, helpers.vectors(helpers.BATCH))
+    return helpers.named(optimizer, "output_factor")
+
+
+def test_loss_that_is_named_counts_what_that_of_the_model_does() -> None:
+    """Its loss weight, or what it is multiplied by in `compute_loss`."""
+    loss = helpers.crossentropy()
+    expected = factors_by_name(keras.Sequential, helpers.train_on_batches, loss=loss)
+    weighted = {"loss": loss, "loss_weights": 3.0}
+    for found in (
+        factors_by_name(keras.Sequential, helpers.train_on_batches, **weighted),
+        factors_by_name(keras.Sequential, helpers.tape_loop, **weighted),
+        factors_by_name(Weighs, helpers.train_on_batches),
+    ):
+        helpers.assert_same(found, {k: 3 * v for k, v in expected.items()}, rtol=1e-5, atol=1e-7)
+
+
+def test_one_name_for_several_losses_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"names one loss.* Received: losses \['sparse.*sparse"):
+        factors_by_name(WeighsTwice, helpers.train_on_batches)
 
 
 # ---- Two models, two optimizers -----------------------------------------------------------------

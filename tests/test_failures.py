@@ -286,6 +286,48 @@ def test_sample_weights_of_another_shape_are_refused() -> None:
     assert int(optimizer.iterations) == 0
 
 
+def labelled(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+    """Of those entries that are known, one after the other."""
+    is_known = tf.math.is_finite(y_true)
+    return tf.square(tf.boolean_mask(y_true, is_known) - tf.boolean_mask(y_pred, is_known))
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"likelihood": "mse"}, helpers.ADAPTIVE])
+def test_values_of_some_examples_are_refused(kwargs: dict[str, Any], run_eagerly: bool) -> None:
+    """In a graph as it runs, where the number is known."""
+    model = helpers.compiled(helpers.mlp(), helpers.kfac(**kwargs), labelled)
+    model.run_eagerly = run_eagerly
+    x, y = helpers.vectors(helpers.BATCH)
+    before, targets = helpers.weights(model), np.where(y[:, np.newaxis] == 0, np.nan, one_hot(y))
+    error = ValueError if run_eagerly else tf.errors.InvalidArgumentError
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(error, match=r"one for all; leave .* by sample weights. Rec"),
+    ):
+        helpers.fit(model, (x, targets))
+    helpers.assert_same(helpers.weights(model), before)
+
+
+def of_two_features(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+    return tf.square(y_true[:, :2] - y_pred[:, :2])
+
+
+def test_values_that_are_not_of_positions_are_refused_where_these_matter() -> None:
+    x, y = helpers.vectors(helpers.BATCH)
+    for fisher in ("sampled", "empirical"):
+        model = helpers.compiled(helpers.mlp(), helpers.kfac(fisher=fisher), of_two_features)
+        model.run_eagerly = True
+        if fisher == "empirical":
+            helpers.fit(model, (x, one_hot(y)))
+            continue
+        with (
+            warnings.catch_warnings(action="ignore"),
+            pytest.raises(ValueError, match=r"each position.* Received: .*\(8, 2\) .*\(8, 3\)$"),
+        ):
+            helpers.fit(model, (x, one_hot(y)))
+
+
 def test_negative_loss_weights_are_refused() -> None:
     model = helpers.compiled(helpers.mlp(), helpers.kfac(), loss_weights=-1.0)
     with pytest.raises(tf.errors.InvalidArgumentError, match="loss weights and sample weights"):

@@ -260,6 +260,39 @@ def test_models_may_compute_their_loss_themselves():
     assert_close(FisherMatrix(model, x, y).to_dense(), FisherMatrix(model, x).to_dense())
 
 
+@pytest.mark.parametrize("matrix", [FisherMatrix, GaussNewtonMatrix])
+def test_losses_that_are_not_seen_are_refused(matrix):
+    class Own(keras.Model):
+        def compute_loss(self, x, y, y_pred, sample_weight=None):
+            first, *others = (
+                keras.ops.mean(keras.losses.mean_squared_error(a, b)) for a, b in zip(y, y_pred)
+            )
+            return sum(
+                others, keras.losses.MeanSquaredError()(y[0], y_pred[0]) if others else first
+            )
+
+    x, y = RNG.normal(size=(5, 4)), RNG.normal(size=(5, 3))
+    inputs = keras.Input((4,))
+    outputs = [keras.layers.Dense(3, name=name)(inputs) for name in ("a", "b")]
+    for count, name in ((1, "a"), (2, "b")):
+        model = Own(inputs, outputs[:count])
+        model.compile("sgd", ["mse"] * count)
+        with pytest.raises(
+            ValueError, match=rf"keras.losses.Loss.* Received: .*\['{name}'\] without"
+        ):
+            matrix(model, x, [y] * count)
+
+
+def test_a_forward_pass_of_training_before_has_no_part():
+    """The optimizer's hooks wait for its loss."""
+    model, x, y = mlp((4, 3)), RNG.normal(size=(5, 4)), RNG.normal(size=(5, 3))
+    model.compile(KFAC(), LOSS["mse"].make())
+    expected = FisherMatrix(model, x, y).to_dense()
+    model.optimizer.attach(model)
+    model(x, training=True)
+    assert_close(FisherMatrix(model, x, y).to_dense(), expected)
+
+
 class OfTensorFlow(keras.layers.Layer):
     """A function of TensorFlow's."""
 

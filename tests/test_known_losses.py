@@ -260,7 +260,11 @@ def of_the_batch(y_true, y_pred):
     return tf.reduce_mean(per_position(y_true, y_pred))
 
 
-SHAPES = [elementwise, per_example, of_the_batch]
+def of_the_batch_in_axes(y_true, y_pred):
+    return tf.reduce_mean(per_position(y_true, y_pred), keepdims=True)
+
+
+SHAPES = [elementwise, per_example, of_the_batch, of_the_batch_in_axes]
 
 
 class Wrapped(losses.Loss):
@@ -303,13 +307,14 @@ def test_empirical_factors_are_on_the_scale_of_the_average(function):
         assert_close(g, h)
 
 
+@pytest.mark.parametrize("function", [of_the_batch, of_the_batch_in_axes])
 @pytest.mark.parametrize("reduction", ["sum", "sum_over_batch_size"])
-def test_one_value_of_the_batch_counts_as_the_mean_of_its_examples(reduction):
+def test_one_value_of_the_batch_counts_as_the_mean_of_its_examples(reduction, function):
     model, x, y = sequences()
     x, y = x[:, :1], y[:, :1]
     kwargs = {"fisher": "empirical", "y": tf.constant(y)}
     expected = factors(model, Wrapped(per_position), x, **kwargs)
-    actual = factors(model, Wrapped(of_the_batch, reduction), x, **kwargs)
+    actual = factors(model, Wrapped(function, reduction), x, **kwargs)
     for (_, g), (_, h) in zip(actual, expected):
         assert_close(g, h)
 

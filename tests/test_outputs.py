@@ -1,5 +1,6 @@
 """Models of several outputs: their losses add up, and so do their Fisher matrices."""
 
+import re
 import warnings
 
 import keras
@@ -292,6 +293,157 @@ def test_loss_of_another_tensor_is_named():
     with pytest.warns(UserWarning, match=r"a tensor that the model does not return.*of_first"):
         helpers.fit(model, (x, x[:, :2]))
     helpers.assert_all_finite(model)
+
+
+# ---- A total that is made otherwise than of losses of the outputs -------------------------------
+
+
+class Computes(keras.Model):
+    """Computes its loss by a function of the targets and the outputs."""
+
+    total = None
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return type(self).total(y, y_pred)
+
+
+class Scaled(keras.Model):
+    """A training step of its own, whose loss is of another tensor than the output."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, 2.0 * self(x, training=True))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables))
+        return {"loss": loss}
+
+
+def squares(y, y_pred):
+    return keras.ops.mean(keras.losses.mean_squared_error(y, y_pred))
+
+
+class CalledOtherwise(keras.losses.Loss):
+    """Overrides what Keras calls, in which sample weights and the reduction are."""
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        return squares(tf.cast(y_true, y_pred.dtype), y_pred)
+
+
+SQUARES = keras.losses.MeanSquaredError()
+OF_ONE = {
+    "function": lambda y, p: 10 * squares(y["a"], p["a"]),
+    "transformed": lambda y, p: SQUARES(y["a"], 2.0 * p["a"]),
+    "called_otherwise": lambda y, p: CalledOtherwise()(y["a"], p["a"]),
+    "graph_of_its_own": lambda y, p: tf.function(SQUARES)(y["a"], p["a"]),
+}
+OF_B = {
+    "function": lambda y, p: SQUARES(y["a"], p["a"]) + squares(y["b"], p["b"]),
+    "transformed": lambda y, p: SQUARES(y["a"], p["a"]) + SQUARES(y["b"], 2.0 * p["b"]),
+}
+
+
+def computing(total, names=("a", "b"), **kwargs):
+    """A model of some outputs from a trunk."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    hidden = layers.Dense(3, name="trunk")(inputs)
+    outputs = {name: layers.Dense(2, name=name)(hidden) for name in names}
+    own = type("Own", (Computes,), {"total": staticmethod(total)})
+    model = own(inputs, outputs)
+    optimizer = helpers.kfac(**{"fisher": "exact", "momentum": 0.0, **kwargs})
+    model.compile(optimizer.attach(model), dict.fromkeys(names, "mse"))
+    return model
+
+
+def train(model, **kwargs):
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    y = dict.fromkeys(("a", "b"), x[:, :2])
+    if kwargs:
+        model.compile(model.optimizer, "mse", **kwargs)
+    before = helpers.weights(model)
+    try:
+        model.train_on_batch(x, y)
+    except ValueError:
+        helpers.assert_same(helpers.weights(model), before)
+        raise
+
+
+def refused(model, received, **kwargs):
+    """The warning, too, would be wrong then."""
+    with (
+        warnings.catch_warnings(action="error"),
+        pytest.raises(
+            ValueError, match=rf"an instance of `keras.losses.Loss`.* Received: {received}"
+        ),
+    ):
+        train(model, **kwargs)
+
+
+# XLA sees the same graph: once is enough.
+WAYS = [(name, {"run_eagerly": eager}) for name in OF_ONE for eager in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "mode"), [*WAYS, ("function", {"jit_compile": True})])
+def test_a_total_without_losses_of_outputs_is_refused(name, mode):
+    """The loss that the model is compiled with is none of it."""
+    refused(computing(OF_ONE[name], ["a"]), r"model .* with a total of outputs \['a'\]", **mode)
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("name", OF_B)
+def test_an_output_with_layers_of_its_own_needs_a_loss(name, run_eagerly):
+    received = r"model .* of outputs \['b'\] without one, behind which are layers \['b'\]"
+    refused(computing(OF_B[name]), received, run_eagerly=run_eagerly)
+
+
+def test_adaptive_steps_name_the_remedy_first():
+    """Not that the loop should use `compute_loss`: it does."""
+    refused(computing(OF_ONE["function"], ["a"], **helpers.ADAPTIVE), r"model .* \['a'\]")
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_what_compute_loss_is_called_with_is_the_output(run_eagerly):
+    inputs = keras.Input((4,))
+    model = Scaled(inputs, layers.Dense(2)(inputs))
+    helpers.compiled(model, helpers.kfac(), "mse", run_eagerly=run_eagerly)
+    x = RNG.normal(size=(8, 4))
+    with pytest.raises(ValueError, match=r"as the model returns it.* Received: .* without any"):
+        helpers.fit(model, (x, x[:, :2]))
+
+
+PENALTIES = {
+    "of_an_output_with_loss": (["a"], lambda p: squares(0.0, p["a"]), None),
+    "of_layers_with_loss": (["a", "b"], lambda p: squares(0.0, p["b"]), r"Outputs: b$"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "run_eagerly"),
+    [*((name, True) for name in PENALTIES), ("of_layers_with_loss", False)],
+)
+def test_penalties_count_by_their_gradient_alone(name, run_eagerly):
+    """Of an output which has a loss, or none of whose trained layers is without."""
+    names, penalty, warning = PENALTIES[name]
+    totals = [
+        lambda y, p: SQUARES(y["a"], p["a"]),
+        lambda y, p: SQUARES(y["a"], p["a"]) + 5 * penalty(p),
+    ]
+    found, messages = [], []
+    for total, eager in zip(totals, (True, run_eagerly)):
+        model = computing(total, names)
+        for output in names[1:]:
+            model.get_layer(output).trainable = False
+        before = model.get_layer("trunk").kernel.numpy()
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            train(model, run_eagerly=eager)
+        messages += [str(w.message) for w in caught if "keras.losses.Loss" in str(w.message)]
+        step = model.get_layer("trunk").kernel.numpy() - before
+        found.append((helpers.factors(model.optimizer), step))
+    assert len(messages) == (warning is not None)
+    assert all(re.search(warning, message) for message in messages)
+    (factors_of_loss, step_of_loss), (factors_of_both, step_of_both) = found
+    helpers.assert_same(factors_of_both, factors_of_loss, rtol=1e-5, atol=1e-7)
+    assert np.abs(step_of_both - step_of_loss).max() > 0.1 * np.abs(step_of_loss).max()
 
 
 def output_factors(optimizer):

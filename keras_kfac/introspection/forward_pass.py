@@ -48,7 +48,10 @@ class ForwardPass:
         unreachable: Reasons why a layer's tensors can't be used, by `id` of the layer.
         masks: Of the inputs of layers that Keras keeps them from, by `id` of the layer.
         outputs: What the model returned.
+        is_seen: Whether `compute_loss` ran since.
         scores: The losses of its outputs, as `compute_loss` took them.
+        unscored: Outputs that the total depends on, though it has no loss of them as they are.
+        other_losses: Names of losses in the total of tensors that are no outputs.
         terms: The same, understood: what the step goes by.
         added: Losses that layers added, which count in the same total.
         replay: Runs the same forward pass again.
@@ -59,7 +62,10 @@ class ForwardPass:
         self.unreachable: dict[int, str] = {}
         self.masks: dict[int, tf.Tensor | None] = {}
         self.outputs: Any = None
+        self.is_seen = False
         self.scores: list[Score] = []
+        self.unscored: list[tf.Tensor] = []
+        self.other_losses: list[str] = []
         self.terms: list[Term] = []
         self.added: list[AddedLoss] = []
         self.replay: Replay | None = None
@@ -124,10 +130,10 @@ class ForwardPass:
         )
         return tf.nest.map_structure(_shaped, found, sources)
 
-    def layers_behind(self, target: tf.Tensor) -> set[int]:
-        """The layers that a tensor depends on, by `id`."""
+    def layers_behind(self, targets: tf.Tensor | Sequence[tf.Tensor]) -> set[int]:
+        """The layers that a tensor depends on, or one of several, by `id`."""
         sources = {key: [call.outputs for call in calls] for key, calls in self.calls.items()}
-        found = self.tape.gradient(target, sources)
+        found = self.tape.gradient(targets, sources)
         return {
             key
             for key, gradients in found.items()

@@ -9,6 +9,12 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.introspection.known_losses import PerPosition, known
 from keras_kfac.introspection.target_curvature import TargetGradients, TargetHessian, is_convex
+from keras_kfac.introspection.value_shapes import (
+    check_positions,
+    check_weights,
+    checked,
+    is_for_all,
+)
 from keras_kfac.math.draws import check_compiles
 from keras_kfac.math.families import form_of
 from keras_kfac.math.likelihood import (
@@ -75,12 +81,14 @@ class Term:
         likelihood: The predictive distribution; `None` if unknown. The curvature is by the targets
             then.
         reduction: What to take in place of the loss's reduction; `None` for that.
+        is_known: Whether the loss is known to have a value at each position.
     """
 
     score: Score
     index: int
     likelihood: Likelihood | None
     reduction: str | None = None
+    is_known: bool = False
 
     @property
     def outputs(self) -> tf.Tensor:
@@ -108,21 +116,26 @@ class Term:
             )
         return self.score.targets
 
-    def check(self, needs_targets: bool, compiles_draws: bool) -> None:
+    def check(self, needs_targets: bool, needs_positions: bool, compiles_draws: bool) -> None:
         """Raises what is wrong with the term, before a branch of the step hides where.
 
         Args:
             needs_targets: Whether the targets have to be known, even with a likelihood.
+            needs_positions: Whether what each position of the outputs counts is needed.
             compiles_draws: Whether XLA has to compile draws from the likelihood.
 
         Raises:
             RuntimeError: Without targets.
-            ValueError: If the likelihood does not suit the outputs, or XLA.
+            ValueError: If the values of the loss or the likelihood do not suit the outputs, or the
+                likelihood XLA.
             tf.errors.InvalidArgumentError: For negative weights.
         """
         self._check_signs()
         if self.needs_targets or needs_targets:
             _ = self.targets
+        if not self.is_known:
+            values = self._own_values()
+            check_positions(values, self.outputs, self._rank(values) if needs_positions else 1)
         if self.likelihood is None:
             return
         distribution = self.likelihood.distribution(self.outputs)
@@ -177,6 +190,8 @@ class Term:
             `[batch, ...]`, as `values`.
         """
         by_value = self._by_value()
+        if is_for_all(by_value, self.outputs):
+            by_value = tf.reshape(by_value, [])
         rank = self._rank(by_value)
         if by_value.shape.rank >= rank:
             return tf.reduce_sum(by_value, axis=list(range(rank, by_value.shape.rank)))
@@ -193,8 +208,10 @@ class Term:
             counts = tf.not_equal(tf.cast(classes, tf.int64), _ignored_class(loss))
             outputs = _keras_internals.with_mask(outputs, counts)
         values = tf.zeros_like(self._own_values(), dtype=loss.dtype)
+        if not self.is_known:
+            values = checked(values, outputs)
         if sample_weight is not None:
-            _check_shape(sample_weight.shape, values.shape)
+            check_weights(sample_weight.shape, values.shape)
             self._check_positions(sample_weight.shape)
         with tf.GradientTape() as tape:
             tape.watch(values)
@@ -243,6 +260,8 @@ class Term:
             is that of each; several for one are averaged.
         """
         values = PerPosition(self.score.loss)(self.targets, outputs)
+        if is_for_all(values, outputs):
+            values = tf.reshape(values, [])
         rank = self._rank(values)
         if values.shape.rank >= rank:
             return tf.reduce_mean(values, axis=list(range(rank, values.shape.rank)))
@@ -313,31 +332,6 @@ class Term:
         return self.outputs.dtype.name == self.score.loss.dtype and not is_reshaped
 
 
-def _check_shape(weights: tf.TensorShape, values: tf.TensorShape) -> None:
-    """Checks that there is a weight for each value of a loss, or for those along one of its axes.
-
-    Keras broadcasts weights `[N, N]` for values `[N]`, and sums up their products. It does so with
-    the one value of a loss that is not kept for each example, too, which all weights count for. And
-    it has weights `[N]` for values `[N, N]` count along the last axis. A single one is for all.
-    """
-    if not weights.rank or not values.rank or weights.num_elements() == 1:
-        return
-    own, others = weights, values
-    if own.rank == others.rank + 1 and own[-1] == 1:
-        own = own[:-1]
-    elif others.rank == own.rank + 1 and others[-1] == 1:
-        others = others[:-1]
-    fits = own.rank == others.rank and all(
-        size is None or other is None or size in (1, other) for size, other in zip(own, others)
-    )
-    if not fits:
-        raise ValueError(
-            "Sample weights must have the shape of the loss before its reduction; those of "
-            "examples are of shape (batch, 1) if that has more axes than one. Received: sample "
-            f"weights of shape {weights} for a loss of shape {values}"
-        )
-
-
 def _spread(values: tf.Tensor, outputs: tf.Tensor, rank: int) -> tf.Tensor:
     """A value for all positions in more axes of the outputs."""
     return tf.broadcast_to(with_rank(values, rank), tf.shape(outputs)[:rank])
@@ -362,4 +356,4 @@ def understood(score: Score, index: int, given: Likelihood | None = None) -> Ter
             "K-FAC needs model outputs of shape (batch, ..., features). "
             f"Received: outputs of shape {score.outputs.shape}"
         )
-    return Term(score._replace(loss=loss), index, found)
+    return Term(score._replace(loss=loss), index, found, is_known=likelihood is not None)

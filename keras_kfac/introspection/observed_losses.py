@@ -1,6 +1,8 @@
 """Which losses make up the total that a model computes, and what each counts in it.
 
-Keras puts the losses of a model's outputs together in private; whoever calls them can be seen.
+Keras puts the losses of a model's outputs together in private; whoever calls them can be seen. What
+else the total depends on shows in its derivatives: whether there is one is known without its value,
+so that in graphs nothing is computed for it.
 """
 
 import contextlib
@@ -25,7 +27,16 @@ class ObservedLosses:
     def __init__(self, added: Sequence[tf.Tensor] = ()) -> None:
         self._calls: list[tuple[Score, tf.Tensor]] = []
         self._added = added
+        self._outputs: list[tf.Tensor] = []
         self.tape = tf.GradientTape(watch_accessed_variables=False)
+        # Past the losses. Apart from the other, which need not go back through all that is added.
+        self.past = tf.GradientTape(watch_accessed_variables=False)
+
+    def watch(self, outputs: Any) -> None:
+        """Has the total tell whether it depends on a model's outputs, as far as these are real."""
+        found = [output for output in tf.nest.flatten(outputs) if _is_differentiable(output)]
+        self.past.watch(found)
+        self._outputs += found
 
     def add(self, score: Score, value: tf.Tensor) -> None:
         """Notes a call."""
@@ -37,10 +48,28 @@ class ObservedLosses:
         values = [value for _, value in self._calls]
         of_calls, of_added = self.tape.gradient(total, [values, list(self._added)])
         calls, added = zip(self._calls, of_calls), zip(self._added, of_added)
+        scores = [score._replace(weight=w) for (score, _), w in calls if w is not None]
         return Terms(
-            [score._replace(weight=w) for (score, _), w in calls if w is not None],
+            scores,
             [AddedLoss(loss, w) for loss, w in added if w is not None],
+            self._unscored(total, scores),
         )
+
+    def _unscored(self, total: tf.Tensor, scores: Sequence[Score]) -> list[tf.Tensor]:
+        """Outputs without a loss that the total depends on, by itself or by losses of others."""
+        scored = {id(score.outputs) for score in scores}
+        rest = [output for output in self._outputs if id(output) not in scored]
+        if not rest:
+            return []
+        watched = {id(output) for output in self._outputs}
+        others = [s.outputs for s in scores if id(s.outputs) not in watched]
+        targets = [total, *(other for other in others if _is_differentiable(other))]
+        found = self.past.gradient(targets, rest)
+        return [output for output, gradient in zip(rest, found) if gradient is not None]
+
+
+def _is_differentiable(thing: Any) -> bool:
+    return isinstance(thing, tf.Tensor) and thing.dtype.is_floating
 
 
 class AddedLoss(NamedTuple):
@@ -51,10 +80,17 @@ class AddedLoss(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What makes up a total loss: losses of outputs, and those that layers added."""
+    """What makes up a total loss.
+
+    Attributes:
+        scores: Losses that were called.
+        added: Losses that layers added.
+        unscored: Outputs watched that the total depends on, though no loss is of them as they are.
+    """
 
     scores: list[Score]
     added: list[AddedLoss]
+    unscored: list[tf.Tensor]
 
 
 class _Observing(threading.local):
@@ -76,7 +112,7 @@ def observed_losses(added: Sequence[tf.Tensor] = ()) -> Iterator[ObservedLosses]
     observed = ObservedLosses(added)
     before, _observing.observed = _observing.observed, observed
     try:
-        with _calls.seen(), observed.tape:
+        with _calls.seen(), observed.tape, observed.past:
             observed.tape.watch(list(added))
             yield observed
     finally:
@@ -121,8 +157,11 @@ def _telling(call: Callable[..., Any]) -> Callable[..., Any]:
         self: keras.losses.Loss, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> Any:
         observed, _observing.observed = _observing.observed, None
+        # What the total owes to the value is no dependence of its own.
+        aside = contextlib.nullcontext() if observed is None else observed.past.stop_recording()
         try:
-            value = call(self, y_true, y_pred, sample_weight)
+            with aside:
+                value = call(self, y_true, y_pred, sample_weight)
         finally:
             _observing.observed = observed
         if observed is not None:

@@ -1,0 +1,77 @@
+"""The loss of a model of one output, by what is said of it where nobody sees it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kfac.introspection.known_losses import as_loss, only_entry, only_loss
+from keras_kfac.introspection.losses import Score
+
+_ARGUMENTS = ("x", "y", "y_pred", "sample_weight", "training")
+
+
+def given_score(
+    loss: Any, args: Sequence[Any], kwargs: Mapping[str, Any], seen: Sequence[Score]
+) -> Score:
+    """That of a loss which somebody names, on the output that `compute_loss` is called with.
+
+    It counts what the loss does that is seen in its place.
+
+    Args:
+        loss: A name, function or `keras.Loss`.
+        args: What `compute_loss` is called with.
+        kwargs: Likewise.
+        seen: The losses in its total.
+
+    Raises:
+        ValueError: For several outputs, or several losses in its place.
+    """
+    given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
+    outputs, targets = tf.nest.flatten(given["y_pred"]), tf.nest.flatten(given.get("y"))
+    if len(outputs) != 1 or len(targets) != 1:
+        raise _one_output_only(len(outputs))
+    replaced = [score for score in seen if score.outputs is outputs[0]]
+    if len(replaced) > 1:
+        raise ValueError(
+            "`attach(model, loss=...)` names one loss, and the model's total has several of its "
+            "output: K-FAC sees them without a name. Received: losses "
+            f"{[score.loss.name for score in replaced]}"
+        )
+    weight = replaced[0].weight if replaced else 1.0
+    sample_weight = only_entry(given.get("sample_weight"))
+    return Score(as_loss(loss), outputs[0], targets[0], sample_weight, weight)
+
+
+def unseen_score(model: keras.Model, loss: Any, outputs: Any) -> Score:
+    """That of a loss where `compute_loss` does not see the outputs.
+
+    Args:
+        model: The model; its loss weight counts.
+        loss: A name, function or `keras.Loss`; `None` for what the model is compiled with.
+        outputs: What the model returned.
+
+    Raises:
+        ValueError: If there is no loss, or more than one output.
+    """
+    compiled, weight = only_loss(model)
+    loss = compiled if loss is None else loss
+    flat = tf.nest.flatten(outputs)
+    if len(flat) != 1:
+        raise _one_output_only(len(flat))
+    if loss is None:
+        raise ValueError(
+            "K-FAC needs the loss of the model to know its Fisher matrix. Compile the model "
+            "with a loss, or name it: `optimizer.attach(model, loss=...)`. Received: "
+            f"model {model.name!r} without a loss"
+        )
+    return Score(as_loss(loss), flat[0], weight=weight, is_complete=False)
+
+
+def _one_output_only(outputs: int) -> ValueError:
+    return ValueError(
+        "K-FAC can't tell which loss belongs to which output. Compile the model with the losses of "
+        "its outputs, and in a custom training loop compute the total by `model.compute_loss(x, y, "
+        f"y_pred, sample_weight)`. Received: a model with {outputs} outputs"
+    )
