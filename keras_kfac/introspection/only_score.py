@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_kfac.introspection.known_losses import as_loss, only_entry, only_loss
 from keras_kfac.introspection.losses import Score
+from keras_kfac.introspection.replay import tensors_of
 
 _ARGUMENTS = ("x", "y", "y_pred", "sample_weight", "training")
 
@@ -29,7 +30,7 @@ def given_score(
         ValueError: For several outputs, or several losses in its place.
     """
     given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
-    outputs, targets = tf.nest.flatten(given["y_pred"]), tf.nest.flatten(given.get("y"))
+    outputs, targets = tensors_of(given["y_pred"]), tf.nest.flatten(given.get("y"))
     if len(outputs) != 1 or len(targets) != 1:
         raise _one_output_only(len(outputs))
     replaced = [score for score in seen if score.outputs is outputs[0]]
@@ -57,7 +58,7 @@ def unseen_score(model: keras.Model, loss: Any, outputs: Any) -> Score:
     """
     compiled, weight = only_loss(model)
     loss = compiled if loss is None else loss
-    flat = tf.nest.flatten(outputs)
+    flat = tensors_of(outputs)
     if len(flat) != 1:
         raise _one_output_only(len(flat))
     if loss is None:
