@@ -116,7 +116,8 @@ class KFAC(SteppingOptimizer):
             A dict by name, path or class of a layer, as in `{"conv2d": "ekfac"}` or
             `{keras.layers.Dense: "input"}`, chooses for some, the others are `"kfac"`; so does a
             function from a layer to a name or None. Where a layer can't have the structure, its
-            block is that of `"kfac"`, and `coverage()` says so. See docs/curvature.md.
+            block is that of `"kfac"`, and `coverage()` says so; one that is chosen by its own name
+            or path is an error. See docs/curvature.md.
         likelihood: The predictive distribution, where the loss does not say it (a function of your
             own, or a Keras loss that K-FAC does not know): a Keras loss, or a function from outputs
             `[batch, ..., width]` to a `tfp.distributions.Distribution` with batch shape

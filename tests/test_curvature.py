@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfac import KFAC
+from keras_kfac import KFAC, laplace
+from keras_kfac.curvature import dense
 from keras_kfac.curvature.choice import STRUCTURES
 from keras_kfac.curvature.eigenbasis import _of_regular_vectors
 from keras_kfac.introspection import example_gradients as introspection
@@ -542,6 +543,34 @@ class TestChoice:
         with pytest.raises(ValueError, match=r"can't be 'ekfac' for a ReversibleEmb.*Received"):
             optimizer.coverage()
 
+    def of_all_kinds(self):
+        norm = layers.LayerNormalization(name="norm")
+        return helpers.mlp(norm, helpers.Unknown(name="unknown"), layers.Dropout(0.5, name="drop"))
+
+    @pytest.mark.parametrize(
+        ("layer", "name", "reason"),
+        [
+            ("norm", "ekfac", r"an exact block, for which there are \['diagonal', 'full', 'dense'"),
+            ("norm", "tridiagonal", "it has an exact block"),
+            ("unknown", "ekfac", "no curvature block for Unknown"),
+            ("unknown", "kfac", "no curvature block for Unknown"),
+            ("drop", "dense", "it has no weights"),
+            ("mlp/norm", "input", "it has an exact block"),
+            ("mlp", "input", "name the layers in it"),
+        ],
+    )
+    def test_layer_without_such_a_block_is_refused_by_name(self, layer, name, reason):
+        with pytest.raises(ValueError, match=f"can't be {name!r}.*: .*{reason}.*Received"):
+            blocks_of({layer: name}, self.of_all_kinds())
+
+    def test_layer_without_such_a_block_is_left_out_otherwise(self):
+        model = self.of_all_kinds()
+        expected = {"hidden": "ekfac", "norm": "full", "unknown": "fallback", "logits": "ekfac"}
+        for curvature in ("ekfac", lambda layer: "ekfac", {"Layer": "ekfac", "norm": "kfac"}):
+            assert blocks_of(curvature, model) == expected
+        model.layers[0].trainable = False
+        assert blocks_of({"hidden": "ekfac"}, model)["hidden"] == "frozen"
+
     def test_unknown_layers_are_refused(self):
         with pytest.raises(ValueError, match=r"`curvature` names layers.*Received: \['absent'\]"):
             blocks_of({"absent": "ekfac", "hidden": "input"})
@@ -562,6 +591,48 @@ class TestChoice:
         KFAC(curvature="input", fisher="forward_only")
         KFAC(curvature="inverse_free", fisher="forward_only")
         KFAC(curvature={"hidden": "input"}, fisher="forward_only")
+
+
+class TestPrecision:
+    """Where TensorFlow factorises no matrix, blocks that need it are refused when planned."""
+
+    def plan(self, policy, curvature, *between):
+        with helpers.precision(policy):
+            return blocks_of(curvature, helpers.mlp(*between))
+
+    @pytest.mark.parametrize(
+        "name", [name for name in STRUCTURES if name not in ("inverse_free", "diagonal")]
+    )
+    def test_weights_in_bfloat16_are_refused(self, name):
+        with pytest.raises(
+            ValueError, match=r"matrix in bfloat16.*'inverse_free'.*'mixed_bfloat16'.*: layer 'mlp/"
+        ):
+            self.plan("bfloat16", name)
+        assert self.plan("mixed_bfloat16", name)["hidden"] != "fallback"
+
+    def test_what_has_no_matrices_is_not(self, monkeypatch):
+        for name in ("inverse_free", "diagonal"):
+            assert self.plan("bfloat16", name) == {"hidden": name, "logits": name}
+        monkeypatch.setattr(dense, "MAX_KEPT", 0)
+        assert self.plan("float16", "dense")["hidden"] == "dense"
+
+    def test_exact_blocks_can_be_diagonal(self):
+        choice = {"Layer": "inverse_free"}
+        with helpers.precision("bfloat16"):
+            norm = layers.LayerNormalization(name="norm")
+        with pytest.raises(
+            ValueError, match=r"'diagonal' if its block is exact.*: layer 'mlp/norm'"
+        ):
+            self.plan("bfloat16", choice, norm)
+        assert self.plan("bfloat16", choice | {"norm": "diagonal"}, norm)["norm"] == "diagonal"
+
+    def test_laplace(self):
+        with helpers.precision("bfloat16"):
+            model = helpers.compiled(helpers.mlp())
+            x, y = helpers.vectors(8)
+            with pytest.raises(ValueError, match="TensorFlow factorises no matrix in bfloat16"):
+                laplace(model, x, y, prior_precision=1.0)
+            assert laplace(model, x, y, prior_precision=1.0, curvature="diagonal")
 
 
 def test_structures_say_what_they_need(monkeypatch):

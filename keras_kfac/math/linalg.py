@@ -343,6 +343,8 @@ def eigen_decomposition(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """
     if is_diagonal(matrix):
         return tf.maximum(matrix, 0), tf.ones_like(matrix)
+    if matrix.shape[-1] == 1:
+        return tf.maximum(matrix[..., 0], 0), tf.ones_like(matrix)
     values, vectors = tf.linalg.eigh(symmetrize(matrix))
     return tf.maximum(values, 0), vectors
 
