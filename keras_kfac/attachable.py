@@ -140,7 +140,7 @@ class AttachableOptimizer(ConfiguredOptimizer):
         By path of the layer, as in `coverage()`, as of the last refresh; empty before the first
         step. It is the product of those of the two factors, each of which float32 can invert up
         to 1e7 or so. Damped exactly, it is that of the matrix that gradients are divided by, in
-        the 2-norm; undamped `"ekfac"` leaves directions of no curvature out.
+        the 2-norm; undamped, directions of no curvature are left out.
         """
         return {} if self._built is None else self._built.curvature.condition_numbers()
 

@@ -82,8 +82,8 @@ class KFAC(SteppingOptimizer):
             `LearningRateSchedule` of the iterations: what is added to the curvature, in units of
             the loss per squared weight. It takes effect when the inverses are next refreshed.
             Larger is more like gradient descent. Scale a fixed one with the loss. 0 is allowed;
-            factors that are singular then are reported, and keep their previous inverse. L2
-            regularisers of weights add to their damping.
+            factors that are singular then are reported, and keep their previous inverse, or have
+            a pseudo-inverse if damped exactly. L2 regularisers of weights add to their damping.
         momentum: `"adaptive"`, or `μ` in [0, 1), float or `LearningRateSchedule`.
         factor_ema_decay: Decay in [0, 1) of the moving averages of the factors, for each update;
             float or `LearningRateSchedule`. It is lower at first, so that the factors remember no
@@ -118,7 +118,8 @@ class KFAC(SteppingOptimizer):
             A dict by name, path or class of a layer, as in `{"conv2d": "ekfac"}` or
             `{keras.layers.Dense: "input"}`, chooses for some, the others are `"kfac"`; so does a
             function from a layer to a name or None. Where a layer can't have the structure, its
-            block is that of `"kfac"`, and `coverage()` says so. See docs/curvature.md.
+            block is that of `"kfac"`, and `coverage()` says so; one that is chosen by its own name
+            or path is an error. See docs/curvature.md.
         likelihood: The predictive distribution, where the loss does not say it (a function of your
             own, or a Keras loss that K-FAC does not know): a Keras loss, or a function from outputs
             `[batch, ..., width]` to a `tfp.distributions.Distribution` with batch shape
@@ -135,8 +136,8 @@ class KFAC(SteppingOptimizer):
         fisher_samples: How many targets to sample for each example, a positive int: the noise of
             a batch's factors falls as its root, and a backward pass is taken for each.
         exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
-            factors, in place of the factored one above. Both work about as well; eigenbases take
-            several times as long to compute.
+            factors, in place of the factored one above; the pseudo-inverse for `λ = 0`. Both work
+            about as well; eigenbases take several times as long to compute.
         weight_sharing: How to treat layers that use their weights at many positions, pixels or time
             steps: `"expand"`, exact for linear networks whose loss has a term for each position, or
             `"reduce"`, exact for those that average over positions before the loss; `"auto"` takes

@@ -27,7 +27,7 @@ from keras_kfac.introspection.weight_sharing import Choice
 from keras_kfac.math.inverses import ExactInverse
 from keras_kfac.math.likelihood import Likelihood
 
-# Eigenvalues do not depend on it; without any, a singular block would count as failed.
+# Eigenvalues do not depend on it, but without any those that may be rounding would be zeros.
 _ANY_DAMPING = 1.0
 
 

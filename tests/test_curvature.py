@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kfac import KFAC
+from keras_kfac import KFAC, laplace
+from keras_kfac.curvature import dense
 from keras_kfac.curvature.choice import STRUCTURES
-from keras_kfac.curvature.eigenbasis import _of_regular_factors
+from keras_kfac.curvature.eigenbasis import _of_regular_vectors
 from keras_kfac.introspection import example_gradients as introspection
 from keras_kfac.introspection import registry
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
@@ -322,22 +323,28 @@ class TestSteps:
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_ekfac_without_damping_stays_in_the_span_of_the_inputs(self, dtype):
-        """From the first step on, which takes K-FAC's product, though factors are singular."""
+        """Though bases are rounded; the first step takes K-FAC's product, the last one old bases.
+
+        In these the squares of the batch are new.
+        """
         rng = np.random.default_rng(0)
-        x = rng.normal(size=(64, 6)) @ rng.normal(size=(6, 40))
+        span = np.linalg.qr(rng.normal(size=(300, 50)))[0]
         layer = layers.Dense(3, use_bias=False, dtype=dtype)
-        model = keras.Sequential([keras.Input((40,), dtype=dtype), layer])
+        model = keras.Sequential([keras.Input((300,), dtype=dtype), layer])
         options = {"momentum": 0.0, "damping": 0.0, "kl_clip": None, "curvature": "ekfac"}
-        optimizer = helpers.kfac(**options, fisher="exact").attach(model)
+        options |= {"inverse_update_period": 20, "fisher": "exact"}
+        optimizer = helpers.kfac(**options).attach(model)
         model.compile(optimizer, keras.losses.MeanSquaredError(dtype=dtype), run_eagerly=True)
-        outside = np.eye(40) - np.linalg.pinv(x) @ x
-        for _ in range(2):
+        outside = np.eye(300) - span @ span.T
+        for _ in range(8):
             before = layer.kernel.numpy()
-            model.train_on_batch(x, rng.normal(size=(64, 3)))
+            x = rng.normal(size=(256, 50)) * np.geomspace(1, 1e-2, 50) @ span.T
+            model.train_on_batch(x, rng.normal(size=(256, 3)))
             step = layer.kernel.numpy() - before
-            limit = 1e-4 if dtype == "float32" else 1e-12
+            limit = 1e-3 if dtype == "float32" else 1e-11
             assert np.linalg.norm(outside @ step) < limit * np.linalg.norm(step)
             assert np.linalg.norm(step) > 1e-3
+        assert int(optimizer.findings.curvature.blocks[0].refreshes.numpy()) == 7
 
     def test_ekfac_with_damping_cuts_nothing(self):
         """An input so small that its curvature may be rounding: it may be curvature, too."""
@@ -357,10 +364,10 @@ class TestSteps:
     def test_what_is_rounding_in_a_factor_is_exact_in_a_diagonal(self):
         products = tf.constant([[1.0, 1e-6], [1e-6, 1e-12]])
         dense, diagonal = Structure(2), Structure(2, is_diagonal=True)
-        cut = [_of_regular_factors(products, (own, dense)).numpy() for own in (dense, diagonal)]
+        cut = [_of_regular_vectors(products, (own, dense)).numpy() for own in (dense, diagonal)]
         np.testing.assert_array_equal(cut[0] > 0, [[True, True], [True, True]])
         tiny = products * tf.constant([[1.0], [1e-4]])
-        cut = [_of_regular_factors(tiny, (own, dense)).numpy() for own in (dense, diagonal)]
+        cut = [_of_regular_vectors(tiny, (own, dense)).numpy() for own in (dense, diagonal)]
         np.testing.assert_array_equal(cut[0] > 0, [[True, True], [False, False]])
         np.testing.assert_array_equal(cut[1], tiny)
 
@@ -551,6 +558,34 @@ class TestChoice:
         with pytest.raises(ValueError, match=r"can't be 'ekfac' for a ReversibleEmb.*Received"):
             optimizer.coverage()
 
+    def of_all_kinds(self):
+        norm = layers.LayerNormalization(name="norm")
+        return helpers.mlp(norm, helpers.Unknown(name="unknown"), layers.Dropout(0.5, name="drop"))
+
+    @pytest.mark.parametrize(
+        ("layer", "name", "reason"),
+        [
+            ("norm", "ekfac", r"an exact block, for which there are \['diagonal', 'full', 'dense'"),
+            ("norm", "tridiagonal", "it has an exact block"),
+            ("unknown", "ekfac", "no curvature block for Unknown"),
+            ("unknown", "kfac", "no curvature block for Unknown"),
+            ("drop", "dense", "it has no weights"),
+            ("mlp/norm", "input", "it has an exact block"),
+            ("mlp", "input", "name the layers in it"),
+        ],
+    )
+    def test_layer_without_such_a_block_is_refused_by_name(self, layer, name, reason):
+        with pytest.raises(ValueError, match=f"can't be {name!r}.*: .*{reason}.*Received"):
+            blocks_of({layer: name}, self.of_all_kinds())
+
+    def test_layer_without_such_a_block_is_left_out_otherwise(self):
+        model = self.of_all_kinds()
+        expected = {"hidden": "ekfac", "norm": "full", "unknown": "fallback", "logits": "ekfac"}
+        for curvature in ("ekfac", lambda layer: "ekfac", {"Layer": "ekfac", "norm": "kfac"}):
+            assert blocks_of(curvature, model) == expected
+        model.layers[0].trainable = False
+        assert blocks_of({"hidden": "ekfac"}, model)["hidden"] == "frozen"
+
     def test_unknown_layers_are_refused(self):
         with pytest.raises(ValueError, match=r"`curvature` names layers.*Received: \['absent'\]"):
             blocks_of({"absent": "ekfac", "hidden": "input"})
@@ -571,6 +606,48 @@ class TestChoice:
         KFAC(curvature="input", fisher="forward_only")
         KFAC(curvature="inverse_free", fisher="forward_only")
         KFAC(curvature={"hidden": "input"}, fisher="forward_only")
+
+
+class TestPrecision:
+    """Where TensorFlow factorises no matrix, blocks that need it are refused when planned."""
+
+    def plan(self, policy, curvature, *between):
+        with helpers.precision(policy):
+            return blocks_of(curvature, helpers.mlp(*between))
+
+    @pytest.mark.parametrize(
+        "name", [name for name in STRUCTURES if name not in ("inverse_free", "diagonal")]
+    )
+    def test_weights_in_bfloat16_are_refused(self, name):
+        with pytest.raises(
+            ValueError, match=r"matrix in bfloat16.*'inverse_free'.*'mixed_bfloat16'.*: layer 'mlp/"
+        ):
+            self.plan("bfloat16", name)
+        assert self.plan("mixed_bfloat16", name)["hidden"] != "fallback"
+
+    def test_what_has_no_matrices_is_not(self, monkeypatch):
+        for name in ("inverse_free", "diagonal"):
+            assert self.plan("bfloat16", name) == {"hidden": name, "logits": name}
+        monkeypatch.setattr(dense, "MAX_KEPT", 0)
+        assert self.plan("float16", "dense")["hidden"] == "dense"
+
+    def test_exact_blocks_can_be_diagonal(self):
+        choice = {"Layer": "inverse_free"}
+        with helpers.precision("bfloat16"):
+            norm = layers.LayerNormalization(name="norm")
+        with pytest.raises(
+            ValueError, match=r"'diagonal' if its block is exact.*: layer 'mlp/norm'"
+        ):
+            self.plan("bfloat16", choice, norm)
+        assert self.plan("bfloat16", choice | {"norm": "diagonal"}, norm)["norm"] == "diagonal"
+
+    def test_laplace(self):
+        with helpers.precision("bfloat16"):
+            model = helpers.compiled(helpers.mlp())
+            x, y = helpers.vectors(8)
+            with pytest.raises(ValueError, match="TensorFlow factorises no matrix in bfloat16"):
+                laplace(model, x, y, prior_precision=1.0)
+            assert laplace(model, x, y, prior_precision=1.0, curvature="diagonal")
 
 
 def test_structures_say_what_they_need(monkeypatch):

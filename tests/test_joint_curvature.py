@@ -478,6 +478,47 @@ class TestNoChain:
         with pytest.raises(ValueError, match=f"one chain of Dense layers.*Received.*{reason}"):
             KFAC(curvature="tridiagonal").attach(model).coverage()
 
+    @pytest.mark.parametrize(
+        "between",
+        [
+            layers.GlobalAveragePooling1D(),
+            layers.Permute((2, 1)),
+            layers.Conv1D(4, 3, padding="same"),
+            layers.Lambda(lambda x: x[:, ::-1]),
+            layers.Flatten(),
+        ],
+        ids=lambda layer: type(layer).__name__,
+    )
+    def test_positions_that_change_are_an_error(self, between):
+        kind = type(between).__name__
+        with pytest.raises(ValueError, match=f"'a' does not .* position by position.*, a {kind}"):
+            self.coverage(between)
+
+    def coverage(self, *between, shape=(4, 4)):
+        """Of two Dense layers, with something in between."""
+        inputs = keras.Input(shape)
+        x = layers.Dense(4, name="a")(inputs)
+        for own in between:
+            x = own(x)
+        model = helpers.compiled(keras.Model(inputs, layers.Dense(2, name="b")(x)))
+        return KFAC(curvature="tridiagonal").attach(model).coverage()
+
+    def test_positions_that_are_added_are_an_error(self):
+        with pytest.raises(ValueError, match=r"position by position: 'add.*', a Add"):
+            self.coverage(lambda x: x + np.ones((4, 1), "float32"), shape=(1, 4))
+
+    def test_what_keeps_positions_may_lie_in_between(self):
+        norm, dropout = layers.LayerNormalization(), layers.Dropout(0.5)
+        between = [keras.activations.gelu, lambda x: x / 2 + 1.0, norm, dropout, layers.Masking()]
+        blocks = [row.block for row in self.coverage(*between)]
+        assert blocks == ["tridiagonal", "full", "tridiagonal"]
+
+    def test_between_vectors_anything_may_lie(self):
+        blocks = [
+            row.block for row in self.coverage(layers.Lambda(lambda x: x[:, ::-1]), shape=(4,))
+        ]
+        assert blocks == ["tridiagonal", "tridiagonal"]
+
     def test_subclassed_models_do_not_tell(self):
         model = helpers.compiled(TwoHeads())
         _ = model(data()[0])

@@ -59,9 +59,27 @@ class TestExactDamping:
         inverse = ExactInverse.of(tf.zeros((3, 3), tf.float64), tf.eye(2, dtype=tf.float64), 0.25)
         assert_close(dense(inverse, 3, 2), 4 * np.eye(6))
 
-    def test_without_damping_singular_factors_have_no_inverse(self):
-        inverse = ExactInverse.of(tf.zeros((3, 3)), tf.eye(2), 0.0)
-        assert not np.isfinite(inverse.condition_number)
+    def test_without_damping_it_is_the_pseudo_inverse(self):
+        """Eigenvalues below rounding are zeros, but for those of a diagonal, which is not rounded.
+
+        With some damping they are what they are.
+        """
+        rng = np.random.default_rng(1)
+        roots = rng.normal(size=(5, 3)), rng.normal(size=(4, 2)) * [1e-4, 1.0]
+        a, g = (root @ root.T for root in roots)
+        inverse = ExactInverse.of(tf.constant(a), tf.constant(g), 0.0)
+        product = np.kron(a, g)
+        assert_close(dense(inverse, 5, 4), np.linalg.pinv(product, rcond=1e-12), 1e-6)
+        values = np.linalg.eigvalsh(product)[-6:]
+        assert float(inverse.condition_number) == pytest.approx(values[-1] / values[0], rel=1e-6)
+        damped = ExactInverse.of(tf.constant(a), tf.constant(g), 1e-6)
+        assert_close(dense(damped, 5, 4), np.linalg.inv(product + 1e-6 * np.eye(20)), 1e-6)
+        diagonal = ExactInverse.of(tf.constant([1.0, 1e-9, 0.0]), tf.constant([[2.0]]), 0.0)
+        assert diagonal.precondition(tf.ones([3, 1])).numpy()[:, 0] == pytest.approx([0.5, 5e8, 0])
+
+    def test_dead_layer_stays_without_damping(self):
+        inverse = ExactInverse.of(tf.zeros((3, 3), tf.float64), tf.eye(2, dtype=tf.float64), 0.0)
+        assert not np.any(dense(inverse, 3, 2)) and float(inverse.condition_number) == 1
 
     @pytest.mark.parametrize("groups", [None, 2])
     def test_step_is_the_preconditioned_gradient(self, groups):

@@ -1,6 +1,6 @@
 """Which structure the curvature of each layer has."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -59,6 +59,36 @@ class CurvatureChoice:
                 f"{unknown} for model {model.name!r}"
             )
 
+    def check(
+        self,
+        layer: keras.Layer,
+        weights: Sequence[keras.Variable],
+        adapters: Sequence[LayerAdapter],
+        reason: str,
+    ) -> None:
+        """Refuses a layer that is named, but has no block to choose for.
+
+        Args:
+            layer: A layer of the model.
+            weights: Its own.
+            adapters: Likewise.
+            reason: Why it can have none; empty if it can, or is not trained.
+
+        Raises:
+            ValueError: If the choice names it.
+        """
+        if not isinstance(self._curvature, Mapping):
+            return
+        name, is_own = self._chosen(layer)
+        are_exact = adapters and all(isinstance(a, ExactAdapter) for a in adapters)
+        if are_exact and name != KFAC and not STRUCTURES[name].replaces_exact:
+            others = [other for other, block in STRUCTURES.items() if block.replaces_exact]
+            reason = f"it has an exact block, for which there are {others}"
+        elif layer.built and not weights:
+            reason = "name the layers in it" if layer.weights else "it has no weights"
+        if is_own and reason:
+            raise _refused(name, layer, reason)
+
     def of(self, adapter: LayerAdapter) -> tuple[type[KroneckerBlock], str]:
         """The class of the block of a layer, and why it is not the chosen one, or nothing.
 
@@ -79,10 +109,7 @@ class CurvatureChoice:
         if reason is None:
             return block, ""
         if is_own:
-            raise ValueError(
-                f"`curvature` can't be {name!r} for a {type(adapter.layer).__name__}: {reason}. "
-                f"Received: {name!r} for layer {layer_path(adapter.layer)!r}"
-            )
+            raise _refused(name, adapter.layer, reason)
         return STRUCTURES[KFAC], f"not {name!r}: {reason}"
 
     def _chosen(self, layer: keras.Layer) -> tuple[str, bool]:
@@ -96,6 +123,13 @@ class CurvatureChoice:
             if key in curvature:
                 return curvature[key], key in (layer.name, layer_path(layer))
         return KFAC, False
+
+
+def _refused(name: str, layer: keras.Layer, reason: str) -> ValueError:
+    return ValueError(
+        f"`curvature` can't be {name!r} for a {type(layer).__name__}: {reason}. Received: "
+        f"{name!r} for layer {layer_path(layer)!r}"
+    )
 
 
 def _keys(layer: keras.Layer) -> list[str | type]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
+import tensorflow as tf
 
 from keras_kfac import _keras_internals
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
@@ -135,7 +136,7 @@ def plan_coverage(
 
     Raises:
         ValueError: If `curvature` or `weight_sharing` name layers that the model does not have, or
-            that can't be treated so.
+            that can't be treated so, or a layer's weights have too few digits for its block.
     """
     sharing = WeightSharing(model, settings.weight_sharing)
     choice = CurvatureChoice(model, settings.curvature)
@@ -146,6 +147,8 @@ def plan_coverage(
     for layer in layers:  # Those above come first: a recurrent layer before its cell.
         found, reason = _adapters(layer, is_trained, called, unreachable or {})
         sharing.check(layer, found)
+        own = layer.weights if has_entry(layer) else own_variables(layer)
+        choice.check(layer, own, found, reason)
         for adapter in found:
             adapter.reduces = adapter.can_reduce and bool(sharing.reduces(layer))
             for use in (adapter, *adapter.uses):
@@ -153,10 +156,11 @@ def plan_coverage(
                 use.max_factor_size = settings.max_factor_size
             block_type, note = choice.of(adapter)
             blocks.append(_Block(block_type.plan(adapter, settings.inverse_type), note))
-        own = layer.weights if has_entry(layer) else own_variables(layer)
         for variable in own:
             reasons.setdefault(id(variable), reason)
     blocks = _merged(blocks, model)
+    for block in blocks:
+        _check_precision(block.plan)
     covered = {id(v): block for block in blocks for v in block.plan.adapter.variables}
     rows = Coverage()
     rows.memory = sum(block.plan.memory for block in blocks)
@@ -201,6 +205,25 @@ def _merged(blocks: Sequence[_Block], model: keras.Model) -> list[_Block]:
             plan = block_type.merged(plans, model)
             merged.append(_Block(plan, plan.block_type.note(plan.adapter)))
     return merged
+
+
+def _check_precision(plan: BlockPlan) -> None:
+    """Refuses blocks with matrices to factorise, of weights in a type in which nothing does that.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    dtype = tf.as_dtype(plan.adapter.variables[0].dtype)
+    factorises = plan.block_type.factorises and not plan.block_type.needs_rows
+    matrices = [s for s in plan.adapter.factor_shapes if len(s) > 1 and s[-1] > 1]
+    if dtype.size >= 4 or not factorises or not matrices:
+        return
+    raise ValueError(
+        f"TensorFlow factorises no matrix in {dtype.name}, as this block would have it. Choose "
+        "curvature 'inverse_free' for the layer, or 'diagonal' if its block is exact; or keep its "
+        f"weights in float32, as the dtype policy 'mixed_{dtype.name}' does. Received: layer "
+        f"{plan.adapter.path!r}, block {plan.name!r}"
+    )
 
 
 def _row(

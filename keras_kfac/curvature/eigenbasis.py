@@ -37,7 +37,9 @@ class EigenbasisBlock(KroneckerBlock):
     old approximation has in the new bases, so that it forgets nothing; at first, that of K-FAC.
 
     Without damping it is the pseudo-inverse: no gradient of the batches has a part in a direction
-    in which `S` is zero, or is what rounding leaves of that, and there the weights stay.
+    in which `S` is zero, or is what rounding leaves of that, and there the weights stay. Rounding
+    is in the bases, too: of an eigenvector of one factor, `S` counts as zero if all of it is below
+    the precision of the largest times the number of rows, as numerical ranks have it.
     """
 
     kind = "ekfac"
@@ -64,7 +66,7 @@ class EigenbasisBlock(KroneckerBlock):
         self, statistics: Sequence[LayerStatistics], weights: BatchWeights, decay: tf.Tensor
     ) -> None:
         """Includes the statistics of a batch in the moving averages, unless they are not finite."""
-        variable = self._eigenvalues
+        variable, damping = self._eigenvalues, cast(ExactInverse, self.inverse).damping
         old = tf.convert_to_tensor(variable)
         squares = self._as_eigenvalues(statistics[1].output_factor)
         average, _ = weighted_average(
@@ -76,7 +78,7 @@ class EigenbasisBlock(KroneckerBlock):
         )
         # Before the first refresh there are no bases.
         counts = self._is_refreshed & is_finite(squares)
-        variable.assign(tf.where(counts, _resolved(average), old))
+        variable.assign(tf.where(counts, self._resolved(average, damping), old))
         super().update(statistics, weights, decay)
 
     def invert(self, damping: tf.Tensor) -> ExactInverse:
@@ -85,10 +87,14 @@ class EigenbasisBlock(KroneckerBlock):
         What fills up the last of several blocks counts in its condition number.
         """
         new, old = cast(ExactInverse, super().invert(damping)), cast(ExactInverse, self.inverse)
-        regular = _of_regular_factors(new.eigenvalues, self._structures)
-        product = tf.where(new.damping > 0, new.eigenvalues, regular)
-        values = tf.where(self._is_refreshed, old.diagonal_in(new, old.eigenvalues), product)
-        return new.with_eigenvalues(_resolved(values))
+        kept = old.diagonal_in(new, old.eigenvalues)
+        values = tf.where(self._is_refreshed, kept, new.eigenvalues)
+        return new.with_eigenvalues(self._resolved(values, new.damping))
+
+    def _resolved(self, squares: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
+        """Squares with zeros for what rounding leaves of zeros."""
+        undamped = _of_regular_vectors(squares, self._structures)
+        return _of_regular_entries(tf.where(damping > 0, squares, undamped))
 
     @property
     def _eigenvalues(self) -> keras.Variable:
@@ -106,20 +112,25 @@ class EigenbasisBlock(KroneckerBlock):
         return whole_blocks(tf.reshape(squares, sizes), self._structures)
 
 
-def _of_regular_factors(products: tf.Tensor, structures: Structures) -> tf.Tensor:
-    """Products `aᵢ gⱼ` with zeros where `aᵢ` or `gⱼ` is what rounding leaves of zero."""
-    largest = tf.reduce_max(products, axis=[-2, -1], keepdims=True)
+def _of_regular_vectors(squares: tf.Tensor, structures: Structures) -> tf.Tensor:
+    """Squares with zeros in rows and columns of eigenvectors that rounding leaves of zero.
+
+    An eigenvector is rounded: that of a singular factor has parts `ε / a` in directions of the
+    eigenvalues `a`, relative to the largest, and `Σ ε² / a` of their squares arrive at it. That is
+    below `d ε`, which all `a` that are not rounding themselves are above.
+    """
+    largest = tf.reduce_max(squares, axis=[-2, -1], keepdims=True)
     for (axis, other), structure in zip(((-2, -1), (-1, -2)), structures):
         if structure.is_diagonal:  # Nothing is rounded there.
             continue
-        least = products.shape[axis] * epsilon(products.dtype) * largest
-        own = tf.reduce_max(products, axis=other, keepdims=True)
-        products = tf.where(own > least, products, tf.zeros_like(products))
-    return products
+        least = squares.shape[axis] * epsilon(squares.dtype) * largest
+        own = tf.reduce_max(squares, axis=other, keepdims=True)
+        squares = tf.where(own > least, squares, tf.zeros_like(squares))
+    return squares
 
 
-def _resolved(squares: tf.Tensor) -> tf.Tensor:
-    """Squares `[..., d_in, d_out]` with zeros for what rounding leaves of zeros."""
+def _of_regular_entries(squares: tf.Tensor) -> tf.Tensor:
+    """Squares `[..., d_in, d_out]` with zeros for what rounding leaves of single zeros."""
     least = (_ROUNDING * epsilon(squares.dtype)) ** 2
     largest = tf.reduce_max(squares, axis=[-2, -1], keepdims=True)
     return tf.where(squares > least * largest, squares, tf.zeros_like(squares))

@@ -30,6 +30,7 @@ class InverseFreeBlock(KroneckerBlock):
     """
 
     kind = "inverse_free"
+    factorises = False
     keeps_fisher = False
 
     @classmethod

@@ -31,6 +31,7 @@ from keras_kfac.math.linalg import (
     scalar,
     scaled_rows,
     spd_inverse,
+    without_rounding,
 )
 from keras_kfac.math.roots import DampedRoot, numbers_shape
 
@@ -90,6 +91,8 @@ class FactoredInverse(NamedTuple):
 class ExactInverse(NamedTuple):
     """`(A ⊗ G + λ I)⁻¹` by the eigenbases of `A` and `G`, or with other eigenvalues in these.
 
+    The pseudo-inverse if `λ` is 0.
+
     Attributes:
         input_basis: Eigenvectors of `A` in columns, `[..., d_in, d_in]`.
         output_basis: Those of `G`, `[..., d_out, d_out]`.
@@ -106,18 +109,17 @@ class ExactInverse(NamedTuple):
 
     @classmethod
     def of(cls, input_factor: tf.Tensor, output_factor: tf.Tensor, damping: tf.Tensor) -> Self:
-        """The inverse for factors `A` and `G` and damping `λ`.
+        """The inverse for factors `A` and `G` and damping `λ`; not finite if it fails.
 
-        Where that fails, the condition number is not finite.
+        Without damping, eigenvalues of a factor that are what rounding leaves of zero are zero.
         """
         a, input_basis = eigen_decomposition(input_factor)
         g, output_basis = eigen_decomposition(output_factor)
         damping = scalar(damping, a.dtype)
+        factors = (a, input_factor), (g, output_factor)
+        a, g = (tf.where(damping > 0, v, without_rounding(v, of)) for v, of in factors)
         eigenvalues = a[..., :, tf.newaxis] * g[..., tf.newaxis, :]
-        damped = eigenvalues + damping
-        # Undamped zeros are no part of a pseudo-inverse, but here there is to be an inverse.
-        is_regular = tf.reduce_all(damped > 0)
-        condition = tf.where(is_regular, _largest_ratio(damped), float("inf"))
+        condition = _largest_ratio(eigenvalues + damping)
         return cls(input_basis, output_basis, eigenvalues, damping, condition)
 
     @staticmethod
@@ -139,7 +141,7 @@ class ExactInverse(NamedTuple):
     def with_eigenvalues(self, values: tf.Tensor) -> Self:
         """The inverse with other eigenvalues in the same bases, before damping.
 
-        Where these and the damping are 0 it is the pseudo-inverse, and so is its condition number.
+        Its condition number is that of the pseudo-inverse where these and the damping are 0.
 
         Example:
         >>> inverse = ExactInverse.of(tf.eye(3), tf.eye(1), 0.0)
