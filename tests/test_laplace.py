@@ -8,7 +8,7 @@ import tensorflow_probability as tfp
 
 from keras_kfac import KFAC, LaplacePosterior, NegativeLogLikelihood, laplace
 from keras_kfac.introspection.data_likelihood import likelihood_term, log_likelihood
-from keras_kfac.math import predictive
+from keras_kfac.math import likelihood, predictive
 from keras_kfac.math.eigenbasis_normal import EigenbasisNormal
 from keras_kfac.math.evidence import best_precision, log_evidence
 from tests import helpers
@@ -519,6 +519,49 @@ class TestWrongUses:
             posterior.log_marginal_likelihood()
         with pytest.raises(ValueError, match=r"`method` must be one of.*Received: method='mc'"):
             posterior.predictive(np.ones([3, 2]), "mc")
+
+
+PROBABILITIES = [
+    likelihood.categorical_of_probabilities,
+    likelihood.bernoulli_of_probabilities,
+    lambda f: tfd.Categorical(probs=f),
+    lambda f: tfd.Categorical(logits=2 * f),
+    lambda f: tfd.Bernoulli(logits=f[..., 0] - f[..., 1]),
+]
+LOGITS = [
+    likelihood.categorical,
+    likelihood.bernoulli,
+    lambda f: tfd.Categorical(probs=tf.nn.softmax(f)),
+    lambda f: tfd.Bernoulli(probs=tf.sigmoid(f)),
+]
+
+
+class TestProbit:
+    """Only logits can be scaled."""
+
+    @pytest.mark.parametrize("make", PROBABILITIES)
+    def test_refuses_others(self, make):
+        uniform, none = tf.fill([3, 2], 0.5), tf.zeros([3, 2])
+        with pytest.raises(ValueError, match=r"outputs that are logits.* Received: tfp"):
+            predictive.probit(make, uniform, none)
+
+    @pytest.mark.parametrize("make", LOGITS)
+    def test_takes_them(self, make):
+        logits = tf.constant([[3.0, -1.0], [40.0, -50.0]])
+        found = predictive.probit(make, logits, tf.fill([2, 2], 24 / np.pi))
+        halved = make(logits / 2)  # √(1 + π/8 · 24/π) = 2.
+        parameters = [getattr(d, "distribution", d).probs_parameter() for d in (found, halved)]
+        np.testing.assert_allclose(*parameters, rtol=1e-5)
+
+    def test_probabilities_of_a_loss(self):
+        """Of a divergence of probabilities, or where Keras does not see the logits."""
+        x, y = RNG.normal(size=(6, 3)), np.eye(2)[[0, 1, 0, 1, 1, 0]]
+        hidden = layers.Reshape((2,))
+        for loss, more in (("kl_divergence", []), ("categorical_crossentropy", [hidden])):
+            body = [keras.Input((3,)), layers.Dense(2, "softmax"), *more]
+            posterior = laplace(compiled(keras.Sequential(body), loss), x, y)
+            with pytest.raises(ValueError, match=r"method='weights'. Received: .*Categorical"):
+                posterior.predictive(x, "probit")
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
