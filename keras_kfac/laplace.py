@@ -63,7 +63,7 @@ def laplace(
     Raises:
         ValueError: If the model is not built, has several outputs, no loss, or one that is no
             likelihood; if no layer is covered; or for data that are empty, not of one length, or
-            lead to outputs that are not finite.
+            lead to outputs or a Fisher matrix that are not finite.
 
     Warns:
         UserWarning: If some trained weights have no curvature block. They are taken to be known.

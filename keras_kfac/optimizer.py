@@ -136,8 +136,9 @@ class KFAC(SteppingOptimizer):
         fisher_samples: How many targets to sample for each example, a positive int: the noise of
             a batch's factors falls as its root, and a backward pass is taken for each.
         exact_damping: Whether a block's inverse is `(A ⊗ G + λ I)⁻¹`, by the eigenbases of its
-            factors, in place of the factored one above; the pseudo-inverse for `λ = 0`. Both work
-            about as well; eigenbases take several times as long to compute.
+            factors, in place of the factored one above; the pseudo-inverse for `λ = 0`. Where both
+            were measured it took more steps (docs/curvature.md), and eigenbases take several times
+            as long to compute.
         weight_sharing: How to treat layers that use their weights at many positions, pixels or time
             steps: `"expand"`, exact for linear networks whose loss has a term for each position, or
             `"reduce"`, exact for those that average over positions before the loss; `"auto"` takes

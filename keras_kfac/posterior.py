@@ -106,13 +106,15 @@ class LaplacePosterior:
             float64 scalar.
 
         Raises:
-            ValueError: If the posterior was made without targets.
+            ValueError: If the posterior was made without targets, or for another `τ`.
         """
         if self.log_likelihood is None:
             raise ValueError(
                 "The evidence needs the targets of the data: `laplace(model, x, y)`. Received: "
                 "a posterior made without targets"
             )
+        if prior_precision is not None:
+            validation.check_positive_scalar("prior_precision", prior_precision)
         precision = self._precision if prior_precision is None else prior_precision
         return evidence.log_evidence(
             scalar(self.log_likelihood, tf.float64),
@@ -161,7 +163,7 @@ class LaplacePosterior:
         itself. Outputs are logits, where the loss is a function of these.
 
         Args:
-            x: Inputs, as for `laplace`.
+            x: Inputs, as for `laplace`. Targets in a dataset are left out.
 
         Returns:
             `tfp.distributions.MultivariateNormalLinearOperator` over `[width]`, a batch of them.
@@ -176,16 +178,18 @@ class LaplacePosterior:
         """The distribution of targets for new inputs.
 
         Args:
-            x: Inputs, as for `laplace`.
+            x: Inputs, as for `outputs`.
             method: How to take the mean over weights:
 
                 - `"linear"`: by the distribution of `outputs`. With a normal likelihood of fixed
                   scale the result is normal, else a mixture over draws of the outputs.
                 - `"probit"`: classes, by `softmax(f / √(1 + π/8 v))` with the variances `v` of
-                  `outputs`; independent ones by `sigmoid` of the same. It takes no draws.
+                  `outputs`; independent ones by `sigmoid` of the same. It takes no draws, and is
+                  for outputs that are logits, or a softmax or sigmoid of which Keras sees these.
                 - `"weights"`: a mixture over draws of the weights, each with a forward pass of the
-                  model as it is, for outputs of any shape. `Σ` is that of the linearised model,
-                  and draws from it can be poor networks (see docs/laplace.md).
+                  model as it is, for outputs of any shape; of shape `(batch,)` they are taken as
+                  `(batch, 1)`. `Σ` is that of the linearised model, and draws from it can be poor
+                  networks (see docs/laplace.md).
             draws: How many, a positive int, for those that take draws.
             seed: Of these.
 
@@ -194,7 +198,8 @@ class LaplacePosterior:
             `MixtureSameFamily`.
 
         Raises:
-            ValueError: As `outputs`; for other methods; or for `"probit"` without classes.
+            ValueError: As `outputs`; for other methods; or for `"probit"` without classes, or
+                where the outputs are not their logits.
         """
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}. Received: method={method!r}")

@@ -11,7 +11,7 @@ from keras_kfac.introspection.jacobians import example_jacobians
 from keras_kfac.introspection.model_pass import recorded_pass
 from keras_kfac.introspection.replay import Replay, Weights
 from keras_kfac.math.eigenbasis_normal import EigenbasisNormal
-from keras_kfac.whole_data import CurvatureSettings, batches_of
+from keras_kfac.whole_data import CurvatureSettings, inputs_of
 
 # So many examples at a time, or as many as have Jacobians of no more numbers than that.
 _BATCH = 1024
@@ -44,8 +44,9 @@ class Predictions:
 
     def outputs(self, x: Any, weights: Weights) -> tf.Tensor:
         """What the likelihood is of, `[batch, ..., width]`, for weights by `id`."""
-        parts = [self._outputs(part, weights) for (part,) in batches_of(x, None, _BATCH)]
-        return tf.concat(parts, axis=0)
+        parts = [self._outputs(part, weights) for part in inputs_of(x, _BATCH)]
+        outputs = tf.concat(parts, axis=0)
+        return outputs[:, tf.newaxis] if outputs.shape.rank == 1 else outputs
 
     def _outputs_of_batch(self, x: Any, weights: Weights) -> tf.Tensor:
         replay = Replay(self._settings.model, (x,), {"training": False})
@@ -69,7 +70,7 @@ class Predictions:
             )
         weights = sum(math.prod(adapter.matrix_shape) for adapter in self._adapters)
         batch = min(max(1, _NUMBERS // (weights * self._output_shape[-1])), _BATCH)
-        parts = [self._moments(part, list(normals)) for (part,) in batches_of(x, None, batch)]
+        parts = [self._moments(part, list(normals)) for part in inputs_of(x, batch)]
         means, covariances = (tf.concat(each, axis=0) for each in zip(*parts))
         return means, covariances
 

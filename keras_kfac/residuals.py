@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_kfac.math.jacobians import Linearised, linearised, linearised_at
 from keras_kfac.math.least_squares import natural_direction
+from keras_kfac.math.linalg import known_value
 
 
 class NaturalGradient(NamedTuple):
@@ -49,7 +51,7 @@ def natural_gradient(
         residual_fn: Returns `r`: a tensor, or a structure of them, which is flattened. A mean over
             `n` points is a factor `n ** -0.5` of the residuals. With `points`, a function of them,
             or a structure of functions.
-        variables: Those to differentiate by, of one float dtype.
+        variables: Those to differentiate by, of one float dtype, which is that of `r`.
         damping: `λ >= 0`, added to the diagonal of `Jᵀ J`.
         points: Where each residual depends on one point alone: a tensor `[points, ...]`, or a
             structure of them, for each function of `residual_fn`. It is called with one point at a
@@ -64,8 +66,9 @@ def natural_gradient(
 
     Raises:
         ValueError: Without variables or for those of several dtypes, for a negative damping or
-            cut-off, for points of another structure than the functions, or if the residuals depend
-            on none of the variables.
+            cut-off, for points of another structure than the functions, without residuals or for
+            those of another dtype than the variables, if they depend on none of these, or if they
+            have loops and there are `points`.
 
     Example:
     >>> w = keras.Variable([0.0, 0.0], dtype="float64")
@@ -86,10 +89,10 @@ def natural_gradient(
             "`variables` must be of one dtype: their Jacobian is one matrix. Received: "
             f"dtypes {sorted(dtypes)}"
         )
-    if not tf.is_tensor(damping) and not damping >= 0:
-        raise ValueError(f"`damping` must be at least 0. Received: damping={damping!r}")
-    if cutoff is not None and not cutoff >= 0:
-        raise ValueError(f"`cutoff` must be at least 0. Received: cutoff={cutoff!r}")
+    for name, value in (("damping", damping), ("cutoff", cutoff)):
+        known = known_value(value)
+        if known is not None and not known >= 0:
+            raise ValueError(f"`{name}` must be at least 0. Received: {name}={value!r}")
     sources = [v.value if isinstance(v, keras.Variable) else v for v in variables]
     residuals, jacobian, is_connected = _linearised(residual_fn, points, sources)
     if not is_connected:
@@ -120,8 +123,14 @@ def _linearised(residual_fn: Any, points: Any, variables: Sequence[tf.Variable])
             f"Received: {error}"
         ) from error
     parts = [linearised_at(where, fn, variables) for fn, where in pairs]
+    residuals = tf.concat([part.residuals for part in parts], axis=0)
+    if residuals.shape[0] == 0:
+        raise ValueError(
+            "`points` must have at least one point. Received: points of shapes "
+            f"{[tuple(np.shape(part)) for part in tf.nest.flatten(points)]}"
+        )
     return Linearised(
-        tf.concat([part.residuals for part in parts], axis=0),
+        residuals,
         tf.concat([part.jacobian for part in parts], axis=0),
         any(part.is_connected for part in parts),
     )

@@ -13,6 +13,7 @@ from keras_kfac.curvature.choice import STRUCTURES, Curvature
 from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.known_losses import as_likelihood
 from keras_kfac.introspection.weight_sharing import AUTO, EXPAND, REDUCE, Choice
+from keras_kfac.math.linalg import known_value
 
 
 def check_unit_interval(name: str, value: Any, otherwise: str = "") -> float:
@@ -139,6 +140,16 @@ def check_finite_positive(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
     return float(value)
+
+
+def check_positive_scalar(name: str, value: Any) -> None:
+    """Checks a positive number that is finite, or a scalar tensor of one, if it can be known."""
+    if tf.is_tensor(value) and value.shape.rank == 0:
+        known = known_value(value)
+        if known is None:
+            return
+        value = known.item()
+    check_finite_positive(name, value)
 
 
 def check_damping(value: Any) -> float:

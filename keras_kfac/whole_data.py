@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import keras
@@ -12,7 +12,6 @@ import tensorflow as tf
 from keras_kfac.curvature.block import KroneckerBlock
 from keras_kfac.curvature.choice import Curvature
 from keras_kfac.curvature.coverage import BlockSettings, Coverage, CoveragePlan, plan_coverage
-from keras_kfac.curvature.eigenbasis import EigenbasisBlock
 from keras_kfac.curvature.model_curvature import ModelCurvature
 from keras_kfac.introspection.backward_passes import Fisher
 from keras_kfac.introspection.data_likelihood import (
@@ -52,7 +51,15 @@ class CurvatureSettings(NamedTuple):
 
     def term(self, outputs: Any, targets: Any) -> Term:
         """The negative log-likelihood of a batch."""
-        return likelihood_term(self.model, outputs, targets, self.likelihood)
+        term = likelihood_term(self.model, outputs, targets, self.likelihood)
+        return _by_example(term) if term.outputs.shape.rank == 1 else term
+
+
+def _by_example(term: Term) -> Term:
+    """A term in which each example counts once, where the loss may be one mean over the batch."""
+    coefficients = tf.cast(term.coefficients(), tf.float64) * term.likelihood_weight()
+    count = tf.math.count_nonzero(coefficients, dtype=tf.float64)
+    return scaled(term, tf.math.divide_no_nan(count, tf.reduce_sum(coefficients)))
 
 
 class WholeCurvature(NamedTuple):
@@ -106,9 +113,16 @@ def whole_curvature(settings: CurvatureSettings, data: tf.data.Dataset) -> Whole
     curvature = ModelCurvature(plan.blocks, _add_variable, None, spares_weak_blocks=False)
     add = _adder(settings, curvature)
     examples, log_likelihood = _through(data, add)
+    lost = curvature.lost_updates()
+    if lost:
+        raise ValueError(
+            "The Fisher matrix of some batches is not finite: look for examples at which the model "
+            "has no derivative, such as the norm of a vector of zeros, for infinite derivatives, "
+            f"and for overflow. Received: batches for which it is not, by layer: {lost}"
+        )
     count = len(curvature.blocks)
     curvature.refresh(range(count), [tf.constant(_ANY_DAMPING)] * count)
-    if any(isinstance(block, EigenbasisBlock) for block in curvature.blocks):
+    if any(block.needs_bases for block in curvature.blocks):
         _through(data, add)
     failed = curvature.failed_refreshes()
     if failed:
@@ -202,6 +216,24 @@ def _through(data: tf.data.Dataset, add: Add) -> tuple[tf.Tensor, tf.Tensor]:
     if not total[0] > 0:
         raise ValueError("There are no examples in the data. Received: no batch that counts")
     return total[0], total[1]
+
+
+def inputs_of(x: Any, batch_size: int) -> Iterator[Any]:
+    """Batches of inputs alone: targets and weights of a dataset are left out, as `predict` does.
+
+    Args:
+        x: As for `batches_of`.
+        batch_size: Of arrays.
+
+    Raises:
+        ValueError: For a dataset without an end, or arrays of different length.
+    """
+    is_dataset = isinstance(x, tf.data.Dataset)
+    if is_dataset and x.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(f"A dataset must come to an end. Received: x={x!r}")
+    for batch in x if is_dataset else batches_of(x, None, batch_size):
+        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        yield inputs
 
 
 def batches_of(x: Any, y: Any, batch_size: int) -> tf.data.Dataset:

@@ -8,7 +8,7 @@ import tensorflow_probability as tfp
 
 from keras_kfac import KFAC, LaplacePosterior, NegativeLogLikelihood, laplace
 from keras_kfac.introspection.data_likelihood import likelihood_term, log_likelihood
-from keras_kfac.math import predictive
+from keras_kfac.math import likelihood, predictive
 from keras_kfac.math.eigenbasis_normal import EigenbasisNormal
 from keras_kfac.math.evidence import best_precision, log_evidence
 from tests import helpers
@@ -98,6 +98,12 @@ class TestLinearRegression:
             assert_close(found.mean(), design @ mean)
             assert_close(found.covariance(), expected + noise * np.eye(2))
         assert targets.log_prob(design @ mean).shape == (5,)
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, [1.0, 2.0]])
+    def test_other_priors_are_refused(self, regression, value):
+        for given in (value, tf.constant(value, tf.float64)):
+            with pytest.raises(ValueError, match=r"a positive number. Received: prior_precision="):
+                regression[0].log_marginal_likelihood(given)
 
     def test_evidence_is_maximal(self, regression):
         posterior = regression[0]
@@ -496,6 +502,11 @@ class TestWrongUses:
         self.check(r"one entry for each example.*Received: .*\(3, 2\), \(2, 2\)", x, x[:2])
         self.check(r"at least one. Received: arrays of shapes \[\(0, 2\)\]", x[:0])
         self.check(r"outputs of the model are not finite. Received: batch 0", np.nan * x)
+        norm = layers.Lambda(lambda z: tf.norm(z, axis=-1, keepdims=True))
+        model = keras.Sequential([keras.Input((2,)), layers.Dense(2, use_bias=False), norm])
+        lost = r"not finite: .* no derivative.* Received: .*by layer: {'.*/dense.*': 2}"
+        some = np.array([[0.0, 0.0], [1.0, 2.0], [3.0, 4.0], [0.0, 0.0]])
+        self.check(lost, some, model=model, batch_size=1)
         data = tf.data.Dataset.from_tensor_slices((x, x, x[:, 0])).batch(2)
         self.check(r"Sample weights .* Received: a dataset of 3 parts", data)
         self.check(r"come to an end. Received", data.repeat())
@@ -515,10 +526,89 @@ class TestWrongUses:
         self.check(r"Choose `prior_precision`. Received: squared norm 0", model=model)
         model.compile("sgd", "mse")
         posterior = laplace(model, np.ones([3, 2]), prior_precision=1.0)
+        with pytest.raises(ValueError, match=r"must come to an end. Received: x="):
+            posterior.outputs(tf.data.Dataset.from_tensors(np.ones([3, 2])).repeat())
         with pytest.raises(ValueError, match=r"needs the targets.*Received"):
             posterior.log_marginal_likelihood()
         with pytest.raises(ValueError, match=r"`method` must be one of.*Received: method='mc'"):
             posterior.predictive(np.ones([3, 2]), "mc")
+
+
+class TestInputs:
+    def test_of_datasets(self):
+        """As Keras takes them: the first part of a tuple, which may be one of several inputs."""
+        first, second = keras.Input((2,)), keras.Input((1,))
+        both = layers.Dense(2)(layers.Concatenate()([first, second]))
+        model = compiled(keras.Model([first, second], both), "mse")
+        x, y = [RNG.normal(size=(5, 2)), RNG.normal(size=(5, 1))], RNG.normal(size=(5, 2))
+        pairs = tf.data.Dataset.from_tensor_slices((tuple(x), y)).batch(3)
+        posterior = laplace(model, pairs, prior_precision=TAU)
+        weighted = pairs.map(lambda x, y: (x, y, y[:, 0]))
+        for data in (pairs, weighted, pairs.map(lambda x, _: (x,))):
+            for method in ("linear", "weights"):
+                found, expected = (posterior.predictive(i, method, draws=2) for i in (data, x))
+                assert_close(found.mean(), expected.mean(), 1e-6)
+                assert_close(found.variance(), expected.variance(), 1e-6)
+
+    def test_one_number_for_each_example(self):
+        """Outputs `(batch,)` are predicted as those of shape `(batch, 1)`."""
+        column = linear(1)
+        row = keras.Sequential([column, layers.Lambda(lambda z: z[:, 0], dtype="float64")])
+        x, y = RNG.normal(size=(6, 3)), RNG.normal(size=6)
+        made = [
+            laplace(compiled(m, LOSS["mse"].make()), x, y, prior_precision=TAU)
+            for m in (row, column)
+        ]
+        found, expected = (p.predictive(x, "weights", draws=3) for p in made)
+        for same in zip(*map(precisions, made), strict=True):
+            assert_close(*same, 1e-6)
+        assert found.batch_shape == (6,)
+        assert_close(found.log_prob(y[:, None]), expected.log_prob(y[:, None]), 1e-6)
+        with pytest.raises(ValueError, match=r"method='weights'. Received: outputs of shape"):
+            made[0].predictive(x)
+
+
+PROBABILITIES = [
+    likelihood.categorical_of_probabilities,
+    likelihood.bernoulli_of_probabilities,
+    lambda f: tfd.Categorical(probs=f),
+    lambda f: tfd.Categorical(logits=2 * f),
+    lambda f: tfd.Bernoulli(logits=f[..., 0] - f[..., 1]),
+]
+LOGITS = [
+    likelihood.categorical,
+    likelihood.bernoulli,
+    lambda f: tfd.Categorical(probs=tf.nn.softmax(f)),
+    lambda f: tfd.Bernoulli(probs=tf.sigmoid(f)),
+]
+
+
+class TestProbit:
+    """Only logits can be scaled."""
+
+    @pytest.mark.parametrize("make", PROBABILITIES)
+    def test_refuses_others(self, make):
+        uniform, none = tf.fill([3, 2], 0.5), tf.zeros([3, 2])
+        with pytest.raises(ValueError, match=r"outputs that are logits.* Received: tfp"):
+            predictive.probit(make, uniform, none)
+
+    @pytest.mark.parametrize("make", LOGITS)
+    def test_takes_them(self, make):
+        logits = tf.constant([[3.0, -1.0], [40.0, -50.0]])
+        found = predictive.probit(make, logits, tf.fill([2, 2], 24 / np.pi))
+        halved = make(logits / 2)  # √(1 + π/8 · 24/π) = 2.
+        parameters = [getattr(d, "distribution", d).probs_parameter() for d in (found, halved)]
+        np.testing.assert_allclose(*parameters, rtol=1e-5)
+
+    def test_probabilities_of_a_loss(self):
+        """Of a divergence of probabilities, or where Keras does not see the logits."""
+        x, y = RNG.normal(size=(6, 3)), np.eye(2)[[0, 1, 0, 1, 1, 0]]
+        hidden = layers.Reshape((2,))
+        for loss, more in (("kl_divergence", []), ("categorical_crossentropy", [hidden])):
+            body = [keras.Input((3,)), layers.Dense(2, "softmax"), *more]
+            posterior = laplace(compiled(keras.Sequential(body), loss), x, y)
+            with pytest.raises(ValueError, match=r"method='weights'. Received: .*Categorical"):
+                posterior.predictive(x, "probit")
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])

@@ -196,6 +196,9 @@ def test_wrong_uses_are_refused():
         natural_gradient(lambda: w, two)
     with pytest.raises(ValueError, match=r"`damping` must be at least 0. Received: damping=-1"):
         natural_gradient(lambda: w, [w], damping=-1)
+    for negative in (tf.constant(-1.0), tf.Variable(-1.0)):
+        with pytest.raises(ValueError, match=r"`damping` must be at least 0. Received: .*-1.0"):
+            natural_gradient(lambda: w, [w], damping=negative)
     with pytest.raises(ValueError, match=r"`cutoff` must be at least 0. Received: cutoff=-1"):
         natural_gradient(lambda: w, [w], cutoff=-1)
     with pytest.raises(ValueError, match=r"(?s)must have a part for each function of .* Received"):
@@ -205,3 +208,38 @@ def test_wrong_uses_are_refused():
         natural_gradient(lambda: tf.constant([1.0]), [w])
     with pytest.raises(ValueError, match=none):
         natural_gradient(lambda x: x, [w], points=tf.ones([3, 1]))
+
+
+def test_residuals_of_another_dtype_or_none_are_refused():
+    w, other = tf.Variable([1.0]), tf.ones([3, 1], "float64")
+    message = r"of the variables' dtype: .* Received: residuals of float64 for variables of float32"
+    with pytest.raises(ValueError, match=message):
+        natural_gradient(lambda: [w, tf.cast(w, "float64")], [w])
+    with pytest.raises(ValueError, match=message):
+        natural_gradient(lambda x: x * tf.cast(w, "float64"), [w], points=other)
+    none = r"must return residuals. Received: tensors of shapes \[\(0,\), \(2, 0\)\]"
+    with pytest.raises(ValueError, match=none):
+        natural_gradient(lambda: [w[:0], tf.zeros([2, 0])], [w])
+    with pytest.raises(ValueError, match=r"at least one point. Received: .* \[\(0, 1\)\]"):
+        natural_gradient(lambda x: x * w, [w], points=tf.ones([0, 1]))
+    some = natural_gradient([lambda x: x * w] * 2, [w], points=[tf.ones([0, 1]), tf.ones([2, 1])])
+    np.testing.assert_allclose(some.loss, 1.0)
+
+
+def test_loops_have_no_points():
+    """Those of the function itself fail as they are; without `points` loops are as good as any."""
+    w, x = tf.Variable([2.0]), tf.ones([3, 1])
+
+    def cube(x):
+        return tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * w), (0, x))[1]
+
+    message = r"Leave `points` out.* Received: residuals for which it fails with TypeError: `dtype`"
+    with pytest.raises(ValueError, match=message):
+        natural_gradient(cube, [w], points=x)
+    np.testing.assert_allclose(natural_gradient(lambda: cube(x), [w]).gradients[0], [3 * 8 * 12])
+
+    def broken(x):
+        raise TypeError("of the function")
+
+    with pytest.raises(TypeError, match="of the function"):
+        natural_gradient(broken, [w], points=x)

@@ -74,6 +74,7 @@ class KroneckerBlock:
     needs_rows = False  # Whether its inverse is made of rows of the batch: see `ModelCurvature`.
     needs_gradients = False  # Whether it is made of gradients of single examples.
     factorises = True  # Whether matrices are factorised in the precision of the weights.
+    needs_bases = False  # Whether it has averages in the bases of a refresh, made after one.
     keeps_fisher = True  # Whether `A ⊗ G` is the layer's Fisher matrix, and its factors are kept.
 
     @classmethod

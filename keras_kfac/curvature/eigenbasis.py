@@ -44,6 +44,7 @@ class EigenbasisBlock(KroneckerBlock):
 
     kind = "ekfac"
     needs_gradients = True
+    needs_bases = True
 
     @classmethod
     def unsuitable(cls, adapter: LayerAdapter) -> str | None:

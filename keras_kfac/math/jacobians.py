@@ -27,6 +27,9 @@ def linearised(residual_fn: Callable[[], Any], variables: Sequence[tf.Variable])
         residual_fn: Returns a tensor or a structure of them.
         variables: Those to differentiate by.
 
+    Raises:
+        ValueError: If there are no residuals, or their dtype is not that of the variables.
+
     Example:
     >>> w = tf.Variable([1.0, 2.0])
     >>> linearised(lambda: w * w, [w]).jacobian.numpy().tolist()
@@ -34,7 +37,7 @@ def linearised(residual_fn: Callable[[], Any], variables: Sequence[tf.Variable])
     """
     with tf.GradientTape() as tape:
         tape.watch(variables)
-        residuals = _flat(residual_fn())
+        residuals = _flat(residual_fn(), variables)
     parts = tape.jacobian(residuals, variables)
     return Linearised(residuals, *_side_by_side(parts, variables, residuals))
 
@@ -52,6 +55,9 @@ def linearised_at(
         residual_fn: Maps one point, as a batch `[1, ...]`, to a tensor or a structure of them.
         variables: Those to differentiate by.
 
+    Raises:
+        ValueError: As `linearised`, or if TensorFlow can't have all points go through at once.
+
     Example:
     >>> w = tf.Variable([1.0, 2.0])
     >>> x = tf.constant([[1.0, 0.0], [1.0, 3.0]])
@@ -64,7 +70,7 @@ def linearised_at(
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(variables)
             batch = tf.nest.map_structure(lambda part: part[tf.newaxis], point)
-            residuals = _flat(residual_fn(batch))
+            residuals = _flat(residual_fn(batch), variables)
             each = tf.split(residuals, residuals.shape[0])
         rows = []
         for residual in each:
@@ -75,13 +81,41 @@ def linearised_at(
             connected.append(is_connected)
         return residuals, tf.concat(rows, axis=0)
 
-    residuals, rows = tf.vectorized_map(at, points)
+    try:
+        residuals, rows = tf.vectorized_map(at, points)
+    except tf.errors.OpError:  # When it runs.
+        raise
+    except Exception as error:  # Of whatever class: vectorising fails in many ways.
+        if not connected:  # But the function is the user's.
+            raise
+        kind = type(error).__name__
+        *_, last = str(error).strip().splitlines() or [""]
+        raise ValueError(
+            "TensorFlow can't differentiate these residuals at all points at once, which `points` "
+            "needs: not those of a loop, such as a recurrent layer that is not unrolled. Leave "
+            "`points` out, so that `residual_fn()` returns all residuals. Received: residuals for "
+            f"which it fails with {kind}: {last.strip().removeprefix(f'{kind}: ')}"
+        ) from error
     matrix = tf.reshape(rows, [-1, rows.shape[-1]])
     return Linearised(tf.reshape(residuals, [-1]), matrix, any(connected))
 
 
-def _flat(structure: Any) -> tf.Tensor:
-    return tf.concat([tf.reshape(part, [-1]) for part in tf.nest.flatten(structure)], axis=0)
+def _flat(structure: Any, variables: Sequence[tf.Variable]) -> tf.Tensor:
+    """Residuals in a row, in the dtype of the variables."""
+    dtype = tf.as_dtype(variables[0].dtype)
+    parts = [tf.convert_to_tensor(p, dtype_hint=dtype) for p in tf.nest.flatten(structure)]
+    if all(part.shape.num_elements() == 0 for part in parts):
+        raise ValueError(
+            "`residual_fn` must return residuals. Received: tensors of shapes "
+            f"{[tuple(part.shape) for part in parts]}"
+        )
+    others = {part.dtype.name for part in parts} - {dtype.name}
+    if others:
+        raise ValueError(
+            "Residuals must be of the variables' dtype: cast what they are made of. Received: "
+            f"residuals of {', '.join(sorted(others))} for variables of {dtype.name}"
+        )
+    return tf.concat([tf.reshape(part, [-1]) for part in parts], axis=0)
 
 
 def _side_by_side(

@@ -53,6 +53,16 @@ def scalar(value: float | tf.Tensor, dtype: tf.DType | str) -> tf.Tensor:
     return tf.constant(value, dtype)
 
 
+def known_value(value: Any) -> Any:
+    """A number as it is; that of a tensor or variable, `None` if a graph has yet to compute it.
+
+    Example:
+    >>> known_value(3.0), float(known_value(tf.constant(4.0)))
+    (3.0, 4.0)
+    """
+    return tf.get_static_value(tf.convert_to_tensor(value)) if tf.is_tensor(value) else value
+
+
 def epsilon(dtype: tf.DType | str) -> float:
     """Distance from 1 to the next number of a floating-point type.
 

@@ -11,6 +11,9 @@ from keras_kfac.math.linalg import eigen_decomposition
 
 tfd = tfp.distributions
 
+# What a distribution makes of logits, if it takes them for these, agrees to this.
+_ROUNDING = 1e-3
+
 Make = Callable[[tf.Tensor], Any]
 """From outputs `[..., width]` to the distribution of targets at each position."""
 
@@ -64,12 +67,13 @@ def probit(make: Make, logits: tf.Tensor, variances: tf.Tensor) -> Any:
     same for each, which leaves out that logits vary together.
 
     Args:
-        make: The distribution of classes, a function of logits.
+        make: The distribution of classes, of which the outputs are the logits.
         logits: Their means, `[batch, width]`.
         variances: Likewise.
 
     Raises:
-        ValueError: If `make` makes others than Categorical or Bernoulli distributions.
+        ValueError: If `make` makes others than Categorical or Bernoulli distributions, or takes
+            the outputs for something else than their logits.
 
     Source: MacKay (1992), "The evidence framework applied to classification networks", section 3;
     for several classes Gibbs (1997), "Bayesian Gaussian processes for regression and
@@ -79,7 +83,29 @@ def probit(make: Make, logits: tf.Tensor, variances: tf.Tensor) -> Any:
     inner = _of_each_number(distribution)
     if not isinstance(inner, (tfd.Categorical, tfd.Bernoulli)):
         raise ValueError(f"method='probit' is for classes. Received: {distribution}")
+    if not _takes_logits(make, logits):
+        raise ValueError(
+            "method='probit' is for outputs that are logits. These are probabilities of which "
+            "Keras does not see the logits, or what the likelihood makes logits of. Let the last "
+            "layer be the softmax or sigmoid, under a cross-entropy; or let the model return "
+            "logits, under one with from_logits=True; or take method='weights'. Received: "
+            f"{distribution}"
+        )
     return distribution
+
+
+def _takes_logits(make: Make, like: tf.Tensor) -> bool:
+    """Whether the distribution of classes has the outputs for logits, up to a constant."""
+    # Numbers that can be probabilities: a likelihood of these need not take others.
+    outputs = tf.linspace(tf.constant(0.25, like.dtype), 0.75, like.shape[-1])
+    inner = _of_each_number(make(tf.broadcast_to(outputs, tf.shape(like))))
+    found = inner.logits_parameter()
+    if found.shape.num_elements() != like.shape.num_elements():
+        return False
+    difference = tf.reshape(found, tf.shape(like)) - outputs
+    if isinstance(inner, tfd.Categorical):
+        difference -= difference[..., :1]
+    return bool(tf.reduce_all(tf.abs(difference) < _ROUNDING))
 
 
 def mixture(make: Make, outputs: tf.Tensor) -> Any:
