@@ -23,8 +23,8 @@ from keras_kfac import KFAC, KFACCallback
 EVALUATIONS = 4
 PATH = ROOT / "benchmarks" / "results" / "structures.json"
 STRUCTURES = ("kfac", "ekfac", "input", "inverse_free", "diagonal", "tridiagonal")
-# "full" and "dense" would keep gigabytes of larger networks, and far more; this one has 1617
-# weights. "linear_exact" is "kfac" but for the damping, where the learning rate adapts.
+# "full" would keep gigabytes of larger networks, and "dense" no matrix; this one has 1617 weights.
+# "linear_exact" is "kfac" but for the damping, where the learning rate adapts.
 OF_SMALL = (*STRUCTURES, "linear_exact", "full", "dense")
 SMALL = {
     "small net, same table, batch 256": Problem(
