@@ -8,7 +8,6 @@ import pytest
 import tensorflow as tf
 
 from keras_kfac import KFAC, laplace
-from keras_kfac.curvature import dense
 from keras_kfac.curvature.choice import STRUCTURES
 from keras_kfac.curvature.eigenbasis import _of_regular_vectors
 from keras_kfac.introspection import example_gradients as introspection
@@ -506,7 +505,7 @@ class TestChoice:
     @pytest.mark.parametrize("name", STRUCTURES)
     def test_for_all(self, name):
         expected = "kronecker" if name == "kfac" else name
-        scales = name if name in ("diagonal", "dense") else "full"
+        scales = name if name in ("diagonal", "dense", "sample_space") else "full"
         blocks = {"hidden": expected, "norm": scales, "unknown": "fallback", "logits": expected}
         assert blocks_of(name) == blocks
 
@@ -615,9 +614,9 @@ class TestPrecision:
         with helpers.precision(policy):
             return blocks_of(curvature, helpers.mlp(*between))
 
-    @pytest.mark.parametrize(
-        "name", [name for name in STRUCTURES if name not in ("inverse_free", "diagonal")]
-    )
+    possible = ("inverse_free", "diagonal", "sample_space")
+
+    @pytest.mark.parametrize("name", sorted(STRUCTURES.keys() - set(possible)))
     def test_weights_in_bfloat16_are_refused(self, name):
         with pytest.raises(
             ValueError, match=r"matrix in bfloat16.*'inverse_free'.*'mixed_bfloat16'.*: layer 'mlp/"
@@ -625,11 +624,10 @@ class TestPrecision:
             self.plan("bfloat16", name)
         assert self.plan("mixed_bfloat16", name)["hidden"] != "fallback"
 
-    def test_what_has_no_matrices_is_not(self, monkeypatch):
-        for name in ("inverse_free", "diagonal"):
+    def test_what_has_no_matrices_is_not(self):
+        for name in self.possible:
             assert self.plan("bfloat16", name) == {"hidden": name, "logits": name}
-        monkeypatch.setattr(dense, "MAX_KEPT", 0)
-        assert self.plan("float16", "dense")["hidden"] == "dense"
+            assert self.plan("float16", name) == {"hidden": name, "logits": name}
 
     def test_exact_blocks_can_be_diagonal(self):
         choice = {"Layer": "inverse_free"}
