@@ -71,8 +71,8 @@ class KFAC(SteppingOptimizer):
     The optimizer must see the model: pass `callbacks=[KFACCallback()]` to `fit`, or call
     `attach`. With `gradient_accumulation_steps`, factors average over the micro-batches of a step.
     A step whose gradients are not all finite is skipped whole and counted in `skipped_steps`, one
-    of negative weights in `refused_batches` under XLA, where no error can be raised: `fit` does so
-    when the epoch ends.
+    of negative weights in `refused_batches` under XLA, where no error can be raised: the callback
+    does so when the epoch ends.
 
     Args:
         learning_rate: `"adaptive"`, or `α >= 0`: number, `LearningRateSchedule` or callable, as for
@@ -238,7 +238,8 @@ class KFAC(SteppingOptimizer):
             **kwargs,
         )
         self.skipped_steps = self.add_variable((), dtype="int64", name="skipped_steps")
-        self.refused_batches = self.add_variable((), dtype="int64", name="refused_batches")
+        # No state to be saved: it was an error of these data.
+        self.refused_batches = keras.Variable(0, dtype="int64", trainable=False)
         self._report = ProblemReport()
 
     # ---- The step -------------------------------------------------------------------------------
@@ -267,7 +268,8 @@ class KFAC(SteppingOptimizer):
         # Their sums over the positions are enough for those that take the loss as it is.
         sums = self.fisher in (Fisher.EMPIRICAL, Fisher.FORWARD_ONLY) and not self.can_adapt
         for term in terms:
-            term.check(self._damping_rule is not None, not sums, compiles_draws=compiles)
+            needs_positions = not sums or term.is_weighted
+            term.check(self._damping_rule is not None, needs_positions, compiles_draws=compiles)
         is_refused = tf.reduce_any([term.counts_negatively() for term in terms])
         built = _outside_graphs(lambda: self._build_curvature(passes))
 

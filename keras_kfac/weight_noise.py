@@ -317,7 +317,7 @@ def _prior_coefficient(block: KroneckerBlock, unit: float) -> float:
     if not block.keeps_fisher:
         raise ValueError(
             f"`curvature` {block.kind!r} keeps no Fisher matrix of the layer's weights to draw "
-            f"noise by. Received: layer {path!r}"
+            f"noise by (nor does 'dense' of many weights). Received: layer {path!r}"
         )
     constrained = [v.path for v in variables if v.constraint is not None]
     if constrained:

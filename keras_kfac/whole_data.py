@@ -23,11 +23,8 @@ from keras_kfac.introspection.data_likelihood import (
 from keras_kfac.introspection.losses import Term
 from keras_kfac.introspection.model_pass import recorded_pass
 from keras_kfac.introspection.weight_sharing import Choice
-from keras_kfac.math.inverses import ExactInverse
+from keras_kfac.math.inverses import ANY_DAMPING, ExactInverse
 from keras_kfac.math.likelihood import Likelihood
-
-# Eigenvalues do not depend on it, but without any those that may be rounding would be zeros.
-_ANY_DAMPING = 1.0
 
 
 class CurvatureSettings(NamedTuple):
@@ -101,8 +98,8 @@ def whole_curvature(settings: CurvatureSettings, data: tf.data.Dataset) -> Whole
         if not block.block_type.keeps_fisher:
             raise ValueError(
                 "`laplace` needs the Fisher matrix of each block, and "
-                f"curvature={block.block_type.kind!r} keeps none, or none of so many weights: "
-                "choose 'kfac', 'ekfac' or 'diagonal'. Received: "
+                f"curvature={block.block_type.kind!r} keeps none (nor does 'dense' of so many "
+                "weights): choose 'kfac', 'ekfac' or 'diagonal'. Received: "
                 f"{math.prod(block.adapter.matrix_shape):,} weights of {block.adapter.path!r}"
             )
     if not plan.blocks:
@@ -121,7 +118,7 @@ def whole_curvature(settings: CurvatureSettings, data: tf.data.Dataset) -> Whole
             f"and for overflow. Received: batches for which it is not, by layer: {lost}"
         )
     count = len(curvature.blocks)
-    curvature.refresh(range(count), [tf.constant(_ANY_DAMPING)] * count)
+    curvature.refresh(range(count), [tf.constant(ANY_DAMPING)] * count)
     if any(block.needs_bases for block in curvature.blocks):
         _through(data, add)
     failed = curvature.failed_refreshes()

@@ -583,7 +583,9 @@ class TestChoice:
         for curvature in ("ekfac", lambda layer: "ekfac", {"Layer": "ekfac", "norm": "kfac"}):
             assert blocks_of(curvature, model) == expected
         model.layers[0].trainable = False
-        assert blocks_of({"hidden": "ekfac"}, model)["hidden"] == "frozen"
+        model.get_layer("unknown").trainable = False
+        frozen = blocks_of({"hidden": "ekfac", "unknown": "ekfac"}, model)
+        assert frozen["hidden"] == frozen["unknown"] == "frozen"
 
     def test_unknown_layers_are_refused(self):
         with pytest.raises(ValueError, match=r"`curvature` names layers.*Received: \['absent'\]"):
@@ -623,6 +625,17 @@ class TestPrecision:
         ):
             self.plan("bfloat16", name)
         assert self.plan("mixed_bfloat16", name)["hidden"] != "fallback"
+
+    @pytest.mark.parametrize("name", ["diagonal", "sample_space"])
+    def test_what_has_no_matrices_trains(self, name):
+        with helpers.precision("bfloat16"):
+            model = helpers.compiled(helpers.mlp(), helpers.kfac(curvature=name, damping=0.1))
+            before = helpers.weights(model)
+            helpers.fit(model, helpers.vectors())
+        after = helpers.weights(model)
+        assert all(np.all(np.isfinite(w.astype(float))) for w in after)
+        assert all(np.any(w != b) for w, b in zip(after, before))
+        assert bool(model.optimizer.curvature_summary()) == (name == "diagonal")
 
     def test_what_has_no_matrices_is_not(self):
         for name in self.possible:

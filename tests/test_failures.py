@@ -313,19 +313,36 @@ def of_two_features(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     return tf.square(y_true[:, :2] - y_pred[:, :2])
 
 
-def test_values_that_are_not_of_positions_are_refused_where_these_matter() -> None:
+@pytest.mark.parametrize(
+    ("fisher", "weights"),
+    [("sampled", None), ("empirical", None), ("empirical", np.ones([helpers.BATCH, 1]))],
+    ids=["sampled", "empirical", "weighted"],
+)
+def test_values_that_are_not_of_positions_are_refused_where_these_matter(fisher, weights) -> None:
     x, y = helpers.vectors(helpers.BATCH)
-    for fisher in ("sampled", "empirical"):
-        model = helpers.compiled(helpers.mlp(), helpers.kfac(fisher=fisher), of_two_features)
-        model.run_eagerly = True
-        if fisher == "empirical":
-            helpers.fit(model, (x, one_hot(y)))
-            continue
-        with (
-            warnings.catch_warnings(action="ignore"),
-            pytest.raises(ValueError, match=r"each position.* Received: .*\(8, 2\) .*\(8, 3\)$"),
-        ):
-            helpers.fit(model, (x, one_hot(y)))
+    model = helpers.compiled(helpers.mlp(), helpers.kfac(fisher=fisher), of_two_features)
+    model.run_eagerly = True
+    helpers.inner(model).attach(model)
+    if fisher == "empirical" and weights is None:
+        model.train_on_batch(x, one_hot(y))
+        return
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(ValueError, match=r"each position.* Received: .*\(8, 2\) .*\(8, 3\)$"),
+    ):
+        model.train_on_batch(x, one_hot(y), weights)
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager", "xla"])
+def test_weights_that_are_no_numbers_are_not_taken_for_negative(mode) -> None:
+    """The step is left out, as any whose gradients are not finite."""
+    model = helpers.compiled(helpers.mlp(), run_eagerly=mode == "eager", jit_compile=mode == "xla")
+    before = helpers.weights(model)
+    x, y = helpers.vectors(helpers.BATCH)
+    optimizer = helpers.inner(model).attach(model)
+    model.train_on_batch(x, y, np.full(helpers.BATCH, np.nan))
+    helpers.assert_same(helpers.weights(model), before)
+    assert (int(optimizer.skipped_steps), int(optimizer.refused_batches)) == (1, 0)
 
 
 def test_negative_loss_weights_are_refused() -> None:

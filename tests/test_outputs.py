@@ -339,6 +339,8 @@ OF_ONE = {
 OF_B = {
     "function": lambda y, p: SQUARES(y["a"], p["a"]) + squares(y["b"], p["b"]),
     "transformed": lambda y, p: SQUARES(y["a"], p["a"]) + SQUARES(y["b"], 2.0 * p["b"]),
+    "target": lambda y, p: SQUARES(p["b"], p["a"]),
+    "weight": lambda y, p: SQUARES(y["a"], p["a"], tf.exp(p["b"][:, 0])),
 }
 
 

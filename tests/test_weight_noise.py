@@ -227,6 +227,17 @@ def test_eigenbases_of_factors():
     assert_close(EXAMPLES * found, np.linalg.inv(fisher + 0.02 * np.eye(len(fisher))))
 
 
+def test_eigenvalues_that_may_be_rounding_count(in_float32):
+    """The pseudo-inverse that undamped steps take is none of the noise."""
+    model, data = model_and_data("vectors")
+    noise = fit(model, optimizer=helpers.kfac(damping=100.0), data=data)
+    block = noise.model.optimizer.findings.curvature.blocks[0]
+    size = block.input_factor.shape[0]
+    block.input_factor.assign(np.diag(np.geomspace(1, 1e-7, size)))
+    values = block.eigenbasis().eigenvalues.numpy()
+    assert (np.max(values, axis=-1) > 0).all()
+
+
 def test_draws_in_blocks():
     """Their covariance is that of the blocks that make up the matrix."""
     model, data = model_and_data("vectors")

@@ -18,13 +18,20 @@ from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
-from keras_kfac.math.inverses import ExactInverse, Inverse, Part, Shape, relative_change
+from keras_kfac.math.inverses import (
+    ANY_DAMPING,
+    ExactInverse,
+    Inverse,
+    Part,
+    Shape,
+    relative_change,
+)
 from keras_kfac.math.linalg import (
     Gradient,
     RowPairs,
     cast,
+    eigenvalues,
     inner_product,
-    is_diagonal,
     is_finite,
     plus_diagonal,
     scalar,
@@ -225,7 +232,7 @@ class KroneckerBlock:
     def spectra(self, damping: tf.Tensor) -> list[LayerSpectrum]:
         """The eigenvalues of the factors as they are now, for each layer."""
         each = aligned(self._whole_factors(), self._structures)
-        values = (f if is_diagonal(f) else tf.linalg.eigvalsh(f) for f in each)
+        values = (eigenvalues(f) for f in each)
         a, g = (np.repeat(v, s.copies, axis=-1) for v, s in zip(values, self._structures))
         damping = float(damping) + mean_l2_coefficient(self.adapter.variables)
         return [LayerSpectrum(self.adapter.path, a, g, damping)]
@@ -265,7 +272,7 @@ class KroneckerBlock:
         if self._inverse_type is ExactInverse and self._further_l2() is None:
             return typing.cast(ExactInverse, self.inverse)
         a, g = self._aligned_factors()
-        return ExactInverse.of(a, g, scalar(0.0, a.dtype))
+        return ExactInverse.of(a, g, scalar(ANY_DAMPING, a.dtype))
 
     def keep(self, inverse: Inverse) -> None:
         """Keeps an inverse for the next steps; the previous one if it is not finite."""

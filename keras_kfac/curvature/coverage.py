@@ -148,7 +148,7 @@ def plan_coverage(
         found, reason = _adapters(layer, is_trained, called, unreachable or {})
         sharing.check(layer, found)
         own = layer.weights if has_entry(layer) else own_variables(layer)
-        choice.check(layer, own, found, reason)
+        choice.check(layer, own, found, reason if any(is_trained(v) for v in own) else "")
         for adapter in found:
             adapter.reduces = adapter.can_reduce and bool(sharing.reduces(layer))
             for use in (adapter, *adapter.uses):

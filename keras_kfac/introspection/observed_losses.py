@@ -56,13 +56,17 @@ class ObservedLosses:
         )
 
     def _unscored(self, total: tf.Tensor, scores: Sequence[Score]) -> list[tf.Tensor]:
-        """Outputs without a loss that the total depends on, by itself or by losses of others."""
+        """Outputs without a loss of them that the total depends on.
+
+        By itself, or by what losses are given: other tensors, targets or weights.
+        """
         scored = {id(score.outputs) for score in scores}
         rest = [output for output in self._outputs if id(output) not in scored]
         if not rest:
             return []
         watched = {id(output) for output in self._outputs}
         others = [s.outputs for s in scores if id(s.outputs) not in watched]
+        others += tf.nest.flatten([(s.targets, s.sample_weight) for s in scores])
         targets = [total, *(other for other in others if _is_differentiable(other))]
         found = self.past.gradient(targets, rest)
         return [output for output, gradient in zip(rest, found) if gradient is not None]

@@ -39,7 +39,8 @@ def check_examples(forward_pass: ForwardPass, adapter: LayerAdapter) -> None:
             if not sizes <= batch:
                 raise ValueError(
                     "A layer whose first axis is not the batch has no gradients of single "
-                    "examples, which curvature='dense' and linearised predictions are made of. "
+                    "examples, which curvature='dense' or 'sample_space' and linearised "
+                    "predictions are made of. "
                     f"Received: layer {layer_path(layer)!r} with outputs of shape {shapes[0]}, in "
                     f"a model of outputs of shape {outputs[0]}"
                 )

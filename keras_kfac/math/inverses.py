@@ -88,6 +88,10 @@ class FactoredInverse(NamedTuple):
         return tf.reduce_sum(traces[0] * traces[1])
 
 
+# Eigenvalues do not depend on the damping, but without any those that may be rounding are zeros.
+ANY_DAMPING = 1.0
+
+
 class ExactInverse(NamedTuple):
     """`(A ⊗ G + λ I)⁻¹` by the eigenbases of `A` and `G`, or with other eigenvalues in these.
 

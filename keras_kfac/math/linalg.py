@@ -359,6 +359,14 @@ def eigen_decomposition(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.maximum(values, 0), vectors
 
 
+def eigenvalues(matrix: tf.Tensor) -> tf.Tensor:
+    """Eigenvalues `[..., d]` of a symmetric matrix `[..., d, d]`, or of a diagonal one."""
+    if is_diagonal(matrix):
+        return matrix
+    # Of a single number in any precision: TensorFlow has no eigenvalues in half of it.
+    return matrix[..., 0] if matrix.shape[-1] == 1 else tf.linalg.eigvalsh(matrix)
+
+
 def without_rounding(values: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
     """Eigenvalues with zeros for those that may be what rounding leaves of zero.
 
