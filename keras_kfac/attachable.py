@@ -61,6 +61,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
         terms of the loss, unless `model.compute_loss` is used: then those whose outputs it saw,
         with their sample weights. A `compute_loss` of your own calls instances of
         `keras.losses.Loss` on the outputs; what it adds to these has no part in the Fisher matrix.
+        Where the model has a part in the step of another model's optimizer, a GAN's discriminator
+        in that of the generator, call it with `training=False`.
 
         Args:
             model: The model that `optimizer` trains.

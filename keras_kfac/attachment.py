@@ -60,14 +60,16 @@ class Attachment:
         self._is_inference = False
         self._loss_scale = 0.0
         self._hooked: list[str] = []
-        # Keras goes by the name, too: it passes none to a `call` that takes `**kwargs`.
-        self._call_takes_training = "training" in inspect.signature(model.call).parameters
+        self._call_takes_training = False
 
     def install(self) -> None:
         """Puts the hooks on the model, in place of those of another optimizer."""
         other = attachment_of(self.model)
         if other is not None:
             other._on_replaced()
+        # Keras goes by the name, too: it passes none to a `call` that takes `**kwargs`.
+        parameters = inspect.signature(self.model.call).parameters
+        self._call_takes_training = "training" in parameters
         self._hook("call", self._recorded_call)
         self._hook("compute_loss", self._observed_compute_loss)
         self._hook("train_step", self._fresh_step)
@@ -235,12 +237,12 @@ def _note(passes: Sequence[ForwardPass], terms: Terms) -> None:
     all_outputs: set[int] = set()
     for forward_pass in passes:
         outputs = {id(output) for output in tf.nest.flatten(forward_pass.outputs)}
+        before = [s for s in forward_pass.scores if id(s.outputs) not in scored]
         own = [score for score in terms.scores if id(score.outputs) in outputs]
-        unscored = [o for o in terms.unscored if id(o) in outputs and id(o) not in scored]
-        if own:  # Seen twice, it counts once.
-            forward_pass.scores = own
-        if own or unscored:
-            forward_pass.unscored = unscored
+        forward_pass.scores = before + own  # Seen twice, an output counts once.
+        counted = {id(score.outputs) for score in forward_pass.scores}
+        found = {id(o): o for o in (*forward_pass.unscored, *terms.unscored) if id(o) in outputs}
+        forward_pass.unscored = [o for key, o in found.items() if key not in counted]
         forward_pass.is_seen = True
         all_outputs |= outputs
     others = [score for score in terms.scores if id(score.outputs) not in all_outputs]

@@ -260,6 +260,8 @@ class KFAC(SteppingOptimizer):
             trainable_variables = list(trainable_variables)
             if not self.built:
                 _outside_graphs(lambda: self.build(trainable_variables))
+        elif not self.built:
+            super().apply(grads)  # Raises: it must be built to know the variables.
         passes = attachment.take_passes()
         # What is unknown raises here, and not in a branch of the step or at some later one.
         draws = self.fisher == Fisher.SAMPLED or self.can_adapt

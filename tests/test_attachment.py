@@ -659,6 +659,7 @@ def test_validation_in_fit_records_nothing(
 def test_direct_call_for_inference_records_nothing(recorded: list[int]) -> None:
     model = helpers.compiled(helpers.mlp())
     model.optimizer.attach(model)
+    helpers.compiled(model).optimizer.attach(model)  # With the hooks of the other on.
     x, _ = helpers.vectors(helpers.BATCH)
     model(x)
     model(x, training=False)

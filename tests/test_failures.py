@@ -345,6 +345,14 @@ def test_weights_that_are_no_numbers_are_not_taken_for_negative(mode) -> None:
     assert (int(optimizer.skipped_steps), int(optimizer.refused_batches)) == (1, 0)
 
 
+def test_gradients_without_variables_need_a_built_optimizer() -> None:
+    """As with any optimizer of Keras."""
+    model = helpers.compiled(helpers.mlp())
+    optimizer = helpers.inner(model).attach(model)
+    with pytest.raises(ValueError, match="must already be built"):
+        optimizer.apply([tf.zeros(v.shape) for v in model.trainable_variables])
+
+
 def test_negative_loss_weights_are_refused() -> None:
     model = helpers.compiled(helpers.mlp(), helpers.kfac(), loss_weights=-1.0)
     with pytest.raises(tf.errors.InvalidArgumentError, match="loss weights and sample weights"):

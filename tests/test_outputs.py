@@ -329,7 +329,14 @@ class CalledOtherwise(keras.losses.Loss):
         return squares(tf.cast(y_true, y_pred.dtype), y_pred)
 
 
-SQUARES = keras.losses.MeanSquaredError()
+class Joint(keras.losses.Loss):
+    """Of two outputs at once."""
+
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.square(y_true - y_pred[0] * y_pred[1]), axis=-1)
+
+
+SQUARES, JOINT = keras.losses.MeanSquaredError(), Joint()
 OF_ONE = {
     "function": lambda y, p: 10 * squares(y["a"], p["a"]),
     "transformed": lambda y, p: SQUARES(y["a"], 2.0 * p["a"]),
@@ -340,6 +347,7 @@ OF_B = {
     "function": lambda y, p: SQUARES(y["a"], p["a"]) + squares(y["b"], p["b"]),
     "transformed": lambda y, p: SQUARES(y["a"], p["a"]) + SQUARES(y["b"], 2.0 * p["b"]),
     "target": lambda y, p: SQUARES(p["b"], p["a"]),
+    "joint": lambda y, p: SQUARES(y["a"], p["a"]) + JOINT(y["a"], (p["a"], p["b"])),
     "weight": lambda y, p: SQUARES(y["a"], p["a"], tf.exp(p["b"][:, 0])),
 }
 
@@ -411,6 +419,48 @@ def test_what_compute_loss_is_called_with_is_the_output(run_eagerly):
     x = RNG.normal(size=(8, 4))
     with pytest.raises(ValueError, match=r"as the model returns it.* Received: .* without any"):
         helpers.fit(model, (x, x[:, :2]))
+
+
+class OneByOne(keras.Model):
+    """A training step that computes the loss of each output by itself."""
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            outputs = self(x, training=True)
+            loss = tf.add_n([self.compute_loss(x, y[name], outputs[name]) for name in outputs])
+        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_losses_of_outputs_may_be_computed_one_by_one(run_eagerly):
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    y, found = dict.fromkeys(("a", "b"), x[:, :2]), []
+    for kind, loss in ((keras.Model, dict.fromkeys(y, "mse")), (OneByOne, "mse")):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        hidden = layers.Dense(3, name="trunk")(inputs)
+        model = kind(inputs, {name: layers.Dense(2, name=name)(hidden) for name in y})
+        optimizer = helpers.kfac(fisher="exact", **helpers.ADAPTIVE)
+        model.compile(optimizer.attach(model), loss, run_eagerly=run_eagerly)
+        model.train_on_batch(x, y)
+        found.append([*helpers.factors(optimizer).values(), *model.get_weights()])
+    helpers.assert_same(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_targets_that_lead_to_no_layer_are_constants():
+    """The model returns them without a gradient."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    hidden = layers.Dense(3, name="trunk")(inputs)
+    still = layers.Lambda(tf.stop_gradient)(layers.Dense(2, trainable=False)(hidden))
+    outputs = {"a": layers.Dense(2)(hidden), "b": still}
+    own = type("Own", (Computes,), {"total": staticmethod(lambda y, p: SQUARES(p["b"], p["a"]))})
+    model = own(inputs, outputs)
+    model.compile(helpers.kfac().attach(model), {"a": "mse", "b": "mse"}, run_eagerly=True)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        train(model)
 
 
 PENALTIES = {

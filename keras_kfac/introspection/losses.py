@@ -128,9 +128,7 @@ class Term:
             RuntimeError: Without targets.
             ValueError: If the values of the loss or the likelihood do not suit the outputs, or the
                 likelihood XLA.
-            tf.errors.InvalidArgumentError: For negative weights.
         """
-        self._check_signs()
         if self.needs_targets or needs_targets:
             _ = self.targets
         if not self.is_known:
@@ -202,7 +200,7 @@ class Term:
     def _by_value(self) -> tf.Tensor:
         """Derivative of the total loss by each of the loss's own values."""
         loss, outputs, sample_weight = self.score.loss, self.outputs, self._sample_weight
-        self._check_signs()
+        self.counts_negatively()
         if self._ignores:
             classes = tf.reshape(self.targets, tf.shape(outputs)[:-1])
             counts = tf.not_equal(tf.cast(classes, tf.int64), _ignored_class(loss))
@@ -220,13 +218,18 @@ class Term:
         weight = tf.broadcast_to(scalar(self.score.weight, total.dtype), tf.shape(total))
         return tape.gradient(total, values, output_gradients=weight)
 
-    def _check_signs(self) -> None:
-        # NaN passes: steps of that are left out.
-        tf.debugging.assert_equal(self.counts_negatively(), False, NEGATIVE_WEIGHTS)
-
     def counts_negatively(self) -> tf.Tensor:
-        """Whether a weight is negative, which XLA does not refuse; boolean scalar."""
-        return tf.reduce_any([tf.reduce_any(weights < 0) for weights in self._weights])
+        """Whether a weight is negative: boolean scalar, for XLA, which leaves out the error.
+
+        NaN is not: steps of that are left out.
+
+        Raises:
+            tf.errors.InvalidArgumentError: If so; in a graph, when it runs.
+        """
+        is_negative = tf.reduce_any([tf.reduce_any(weights < 0) for weights in self._weights])
+        check = tf.debugging.assert_equal(is_negative, False, NEGATIVE_WEIGHTS)
+        with tf.control_dependencies([] if check is None else [check]):
+            return tf.identity(is_negative)
 
     @property
     def _sample_weight(self) -> tf.Tensor | None:

@@ -66,7 +66,7 @@ class ObservedLosses:
             return []
         watched = {id(output) for output in self._outputs}
         others = [s.outputs for s in scores if id(s.outputs) not in watched]
-        others += tf.nest.flatten([(s.targets, s.sample_weight) for s in scores])
+        others = tf.nest.flatten([others, [(s.targets, s.sample_weight) for s in scores]])
         targets = [total, *(other for other in others if _is_differentiable(other))]
         found = self.past.gradient(targets, rest)
         return [output for output, gradient in zip(rest, found) if gradient is not None]

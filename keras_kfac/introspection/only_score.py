@@ -18,7 +18,7 @@ def given_score(
 ) -> Score:
     """That of a loss which somebody names, on the output that `compute_loss` is called with.
 
-    It counts what the loss does that is seen in its place.
+    It is of what the loss is that is seen in its place, and counts what that does.
 
     Args:
         loss: A name, function or `keras.Loss`.
@@ -30,7 +30,7 @@ def given_score(
         ValueError: For several outputs, or several losses in its place.
     """
     given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
-    outputs, targets = tensors_of(given["y_pred"]), tf.nest.flatten(given.get("y"))
+    outputs, targets = tensors_of(given.get("y_pred")), tf.nest.flatten(given.get("y"))
     if len(outputs) != 1 or len(targets) != 1:
         raise _one_output_only(len(outputs))
     replaced = [score for score in seen if score.outputs is outputs[0]]
@@ -40,9 +40,10 @@ def given_score(
             "output: K-FAC sees them without a name. Received: losses "
             f"{[score.loss.name for score in replaced]}"
         )
-    weight = replaced[0].weight if replaced else 1.0
-    sample_weight = only_entry(given.get("sample_weight"))
-    return Score(as_loss(loss), outputs[0], targets[0], sample_weight, weight)
+    if replaced:
+        return replaced[0]._replace(loss=as_loss(loss))
+    sample_weight, is_complete = only_entry(given.get("sample_weight")), targets[0] is not None
+    return Score(as_loss(loss), outputs[0], targets[0], sample_weight, is_complete=is_complete)
 
 
 def unseen_score(model: keras.Model, loss: Any, outputs: Any) -> Score:

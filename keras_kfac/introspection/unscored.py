@@ -31,6 +31,9 @@ def check_scored(
         ValueError: If there are no losses of outputs, or layers which they do not depend on are
             behind other outputs in the total.
     """
+    for forward_pass in passes:  # One that leads to no layer is as good as a constant.
+        unscored = forward_pass.unscored
+        forward_pass.unscored = [o for o in unscored if forward_pass.layers_behind(o)]
     names = sorted({n for p in passes for n in names_of(model, p.outputs, p.unscored)})
     if not any(p.scores for p in passes):
         raise unscored_error(model, names)
