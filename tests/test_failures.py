@@ -333,7 +333,7 @@ def test_values_that_are_not_of_positions_are_refused_where_these_matter(fisher,
         model.train_on_batch(x, one_hot(y), weights)
 
 
-@pytest.mark.parametrize("mode", ["graph", "eager", "xla"])
+@pytest.mark.parametrize("mode", ["graph", "eager", pytest.param("xla", marks=pytest.mark.slow)])
 def test_weights_that_are_no_numbers_are_not_taken_for_negative(mode) -> None:
     """The step is left out, as any whose gradients are not finite."""
     model = helpers.compiled(helpers.mlp(), run_eagerly=mode == "eager", jit_compile=mode == "xla")

@@ -314,7 +314,7 @@ class Scaled(keras.Model):
         x, y = data
         with tf.GradientTape() as tape:
             loss = self.compute_loss(x, y, 2.0 * self(x, training=True))
-        self.optimizer.apply(tape.gradient(loss, self.trainable_variables))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
         return {"loss": loss}
 
 
@@ -433,7 +433,7 @@ class OneByOne(keras.Model):
         return {"loss": loss}
 
 
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("run_eagerly", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_losses_of_outputs_may_be_computed_one_by_one(run_eagerly):
     x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
     y, found = dict.fromkeys(("a", "b"), x[:, :2]), []

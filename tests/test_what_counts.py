@@ -383,11 +383,15 @@ def test_parts_are_fair_to_outputs_of_few_examples(labelled):
     common = tf.constant(rng.uniform(1, 2, size=(20,)))
     rare = tf.constant(np.repeat([[1.0, 0.0]], [labelled, 20 - labelled], axis=1)[0])
     of_examples = rng.normal(size=20) + 3
-    part, found = BatchPart(0.25), []
-    for seed in range(600):
-        places = places_of(part, [common, rare], [0, seed])
+    part = BatchPart(0.25)
+
+    @tf.function
+    def drawn(seed):
+        places = places_of(part, [common, rare], tf.stack([0, seed]))
         scaled = parts_for_whole([common, rare], places)
-        found.append([float(tf.reduce_sum(tf.gather(c * of_examples, places))) for c in scaled])
+        return tf.stack([tf.reduce_sum(tf.gather(c * of_examples, places)) for c in scaled])
+
+    found = [drawn(seed).numpy() for seed in tf.range(600)]
     error = np.std(found, axis=0) / np.sqrt(600)
     whole = [np.sum(common * of_examples), np.sum(rare * of_examples)]
     np.testing.assert_array_less(np.abs(np.mean(found, axis=0) - whole), 4 * error)
