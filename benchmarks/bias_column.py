@@ -8,8 +8,6 @@ copies. Every time is written to a JSON file with the environment; `--report` pr
 docs/speed.md.
 """
 
-import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 from environment import environment
-from symmetric_product import CALLS, seconds
+from symmetric_product import in_turns, main
 
 PATH = Path(__file__).parent / "results" / "bias_column.json"
 SHAPES = ((256, 256), (576, 576), (784, 1000), (1024, 1024), (1000, 500))
@@ -63,13 +61,7 @@ def measure() -> dict:
     for inputs, outputs in SHAPES:
         ways = functions(inputs, outputs)
         gradients = tf.random.normal([inputs, outputs]), tf.random.normal([outputs])
-        for function in ways.values():
-            function(gradients)
-        found: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(CALLS):
-            for name, function in ways.items():
-                found[name].append(seconds(function, gradients))
-        result["seconds"][f"{inputs} x {outputs}"] = found
+        result["seconds"][f"{inputs} x {outputs}"] = in_turns(ways, gradients)
     return result
 
 
@@ -82,15 +74,5 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measures, or reports what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="only print the table")
-    args = parser.parse_args()
-    if not args.report:
-        PATH.write_text(json.dumps(measure(), indent=1))
-    print(report(json.loads(PATH.read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], PATH, measure, report)

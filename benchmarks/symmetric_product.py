@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
@@ -42,11 +43,22 @@ def by_halves(rows: tf.Tensor) -> tf.Tensor:
     return tf.concat([top, bottom], axis=0)
 
 
-def seconds(function: Callable[[tf.Tensor], tf.Tensor], rows: tf.Tensor) -> float:
+def seconds(function: Callable, given: Any) -> float:
     """Of one call."""
     began = time.perf_counter()
-    function(rows).numpy()
+    function(given).numpy()
     return time.perf_counter() - began
+
+
+def in_turns(ways: dict[str, Callable], given: Any) -> dict[str, list[float]]:
+    """The seconds of each call of several functions, one after the other and all over again."""
+    for function in ways.values():
+        function(given)
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(CALLS):
+        for name, function in ways.items():
+            found[name].append(seconds(function, given))
+    return found
 
 
 def measure() -> dict:
@@ -55,13 +67,7 @@ def measure() -> dict:
     for shape in SHAPES:
         rows = tf.random.normal(shape)
         both = {"whole": whole, "by halves": by_halves}
-        for function in both.values():
-            function(rows)
-        found: dict[str, list[float]] = {name: [] for name in both}
-        for _ in range(CALLS):
-            for name, function in both.items():
-                found[name].append(seconds(function, rows))
-        result["seconds"][f"{shape[0]} x {shape[1]}"] = found
+        result["seconds"][f"{shape[0]} x {shape[1]}"] = in_turns(both, rows)
     return result
 
 
@@ -74,15 +80,17 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(
+    description: str, path: Path, measured: Callable[[], dict], table: Callable[[dict], str]
+) -> None:
     """Measures, or reports what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--report", action="store_true", help="only print the table")
     args = parser.parse_args()
     if not args.report:
-        PATH.write_text(json.dumps(measure(), indent=1))
-    print(report(json.loads(PATH.read_text())))
+        path.write_text(json.dumps(measured(), indent=1))
+    print(table(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], PATH, measure, report)
