@@ -18,6 +18,7 @@ from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
+from keras_kfac.math.eigen import eigenvalues
 from keras_kfac.math.inverses import (
     ANY_DAMPING,
     ExactInverse,
@@ -30,7 +31,6 @@ from keras_kfac.math.linalg import (
     Gradient,
     RowPairs,
     cast,
-    eigenvalues,
     inner_product,
     is_finite,
     plus_diagonal,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import tensorflow as tf
 
+from keras_kfac.math.eigen import eigen_decomposition, without_rounding
 from keras_kfac.math.kronecker import (
     factored_damping,
     is_number,
@@ -23,7 +24,6 @@ from keras_kfac.math.kronecker import (
 from keras_kfac.math.linalg import (
     Gradient,
     condition_number,
-    eigen_decomposition,
     inner_products,
     is_diagonal,
     left_product,
@@ -31,7 +31,6 @@ from keras_kfac.math.linalg import (
     scalar,
     scaled_rows,
     spd_inverse,
-    without_rounding,
 )
 from keras_kfac.math.roots import DampedRoot, numbers_shape
 

@@ -3,7 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from keras_kfac.math.linalg import eigen_decomposition, scalar
+from keras_kfac.math.eigen import eigen_decomposition
+from keras_kfac.math.linalg import scalar
 
 
 def natural_direction(

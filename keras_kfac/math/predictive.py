@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from keras_kfac.math.linalg import eigen_decomposition
+from keras_kfac.math.eigen import eigen_decomposition
 
 tfd = tfp.distributions
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Self
 
 import tensorflow as tf
 
+from keras_kfac.math.eigen import eigen_decomposition
 from keras_kfac.math.inverses import Shape, Start, identity
 from keras_kfac.math.kronecker import factored_damping
-from keras_kfac.math.linalg import condition_number, eigen_decomposition, spd_inverse_root
+from keras_kfac.math.linalg import condition_number, spd_inverse_root
 
 Pair = tuple[tf.Tensor, tf.Tensor]
 """A matrix for the inputs, and one for the outputs."""

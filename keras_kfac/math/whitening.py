@@ -13,8 +13,9 @@ section 3.
 import numpy as np
 import tensorflow as tf
 
+from keras_kfac.math.eigen import eigen_decomposition
 from keras_kfac.math.factors import input_moment, row_weights
-from keras_kfac.math.linalg import eigen_decomposition, is_diagonal, left_product, scalar
+from keras_kfac.math.linalg import is_diagonal, left_product, scalar
 from keras_kfac.math.rows import stretched
 from keras_kfac.math.structure import Structure
 
