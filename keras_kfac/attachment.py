@@ -1,5 +1,6 @@
 """The seam with Keras: hooks by which a model tells its optimizer about a training step."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -109,7 +110,7 @@ class Attachment:
             replay = Replay(self.model, args, {**kwargs, "training": True})
         forward_pass = recorded_pass(self.model, lambda: call(*args, **kwargs))
         forward_pass.replay = replay
-        self._pending = [p for p in self._pending if p.is_usable()][1 - _MOST_PENDING :]
+        self._pending = self._usable()[1 - _MOST_PENDING :]
         self._pending.append(forward_pass)
         if self._observed is not None:
             self._observed.watch(forward_pass.outputs)
@@ -146,12 +147,16 @@ class Attachment:
     ) -> Any:
         if self._is_inference or is_replaying():
             return compute_loss(*args, **kwargs)
-        with observed_losses(self.model.losses) as observed:
-            observed.watch([p.outputs for p in self._pending if p.is_usable()])
+        passes = self._usable()
+        with observed_losses(self.model.losses) as observed, contextlib.ExitStack() as stack:
+            observed.watch([p.outputs for p in passes])
+            for forward_pass in passes:
+                stack.enter_context(forward_pass.tape)
             with instance_attribute(self, "_observed", observed):
                 total = compute_loss(*args, **kwargs)
-        # Those of calls within it, too.
-        if passes := [p for p in self._pending if p.is_usable()]:
+        for forward_pass in passes:
+            forward_pass.totals.append(total)
+        if passes := self._usable():  # Those of calls within it, too.
             terms = observed.terms(total)
             if self._given_loss is not None:
                 score = given_score(self._given_loss, args, kwargs, terms.scores)
@@ -170,6 +175,9 @@ class Attachment:
         finally:
             self._is_inference = before
 
+    def _usable(self) -> list[ForwardPass]:
+        return [p for p in self._pending if p.is_usable()]
+
     @property
     def is_compiled(self) -> bool:
         """Whether Keras has XLA compile the training step."""
@@ -185,7 +193,7 @@ class Attachment:
             RuntimeError: If there was none.
             ValueError: If `compute_loss` takes no loss that tells the curvature.
         """
-        usable = [p for p in self._pending if p.is_usable()]
+        usable = self._usable()
         self._pending.clear()
         if seen := [p for p in usable if p.is_seen]:
             check_scored(self.model, seen, self.is_trained)

@@ -275,11 +275,12 @@ class KFAC(SteppingOptimizer):
         is_refused = tf.reduce_any([term.counts_negatively() for term in terms])
         built = _outside_graphs(lambda: self._build_curvature(passes))
 
+        rows = self._rows(passes)
         is_burning_in = self._is_burning_in()
 
         def step() -> None:
             variables = trainable_variables or self._trainable_variables
-            batch = Batch(passes, self._unscaled(grads, variables), self._step_seed())
+            batch = Batch(passes, self._unscaled(grads, variables), rows, self._step_seed())
             # For `_backend_update_step`, to which Keras hands no more than gradients.
             with instance_attribute(self, "_batch", batch):
                 super(KFAC, self).apply(grads, trainable_variables)

@@ -40,13 +40,18 @@ def group_count(blocks: int) -> int:
 
 
 class Batch(NamedTuple):
-    """The batch of a step: its forward passes, and the gradient of its loss before clipping.
+    """The batch of a step.
 
-    Draws from the model depend on the seed.
+    Attributes:
+        passes: Its forward passes.
+        gradients: Those of its loss before clipping.
+        rows: What some of them may be made of.
+        seed: Of draws from the model.
     """
 
     passes: Sequence[ForwardPass]
     gradients: Tensors
+    rows: GradientRows | None
     seed: tf.Tensor
 
     def quadratic_model(
@@ -152,7 +157,6 @@ class Step:
         fixed: Learning rate and momentum to use where they are not free.
         is_free: Whether each is to be solved for.
         kl_clip: Bound of the KL clip.
-        rows: What some of the gradients may be made of.
         fisher_rows: What the Fisher matrix of the batch is made of, for blocks that need it.
     """
 
@@ -164,13 +168,12 @@ class Step:
     fixed: tuple[tf.Tensor, tf.Tensor]
     is_free: tuple[tf.Tensor, tf.Tensor]
     kl_clip: Any
-    rows: GradientRows | None
     fisher_rows: Tensors
 
     def propose(self, damping: tf.Tensor | None = None) -> Proposal:
         """Preconditions by the inverses that are kept, or by those of a damping to try."""
         inverses = None if damping is None else self.curvature.invert(damping)
-        rows = self.rows if damping is None else None
+        rows = self.batch.rows if damping is None else None
         blocks = self.curvature.precondition(self.gradients, inverses, rows, self.fisher_rows)
         count = group_count(len(blocks))
         bounds = [len(blocks) * i // count for i in range(count + 1)]

@@ -92,19 +92,18 @@ class SteppingOptimizer(AttachableOptimizer):
             fixed=(scalar(learning_rate, "float64"), scalar(self.momentum, "float64")),
             is_free=(self._adapts_learning_rate.value, self._momentum.adapts.value),
             kl_clip=value_at(self.kl_clip, self.iterations),
-            rows=self._rows(batch),
             fisher_rows=self._known.curvature.fisher_rows(
                 batch.passes, Fisher(self.fisher), self.fisher_samples, batch.seed
             ),
         )
 
-    def _rows(self, batch: Batch) -> GradientRows | None:
+    def _rows(self, passes: Sequence[ForwardPass]) -> GradientRows | None:
         """What gradients may be made of, unless it is plain that they are not."""
         changes = self.clipnorm, self.clipvalue, self.global_clipnorm
         if any(changes) or self.gradient_accumulation_steps:
             return None
         adapters = [block.adapter for block in self._known.curvature.blocks]
-        return GradientRows.of(batch.passes, adapters)
+        return GradientRows.of(passes, adapters)
 
     def _coefficients(
         self, step: Step, proposal: Proposal, model: QuadraticModel | None

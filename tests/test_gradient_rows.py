@@ -10,7 +10,6 @@ from keras_kfac.curvature.block import KroneckerBlock
 from keras_kfac.introspection import gradient_rows
 from keras_kfac.introspection.forward_pass import recording
 from keras_kfac.introspection.gradient_rows import GradientRows
-from keras_kfac.introspection.losses import Score, understood
 from keras_kfac.introspection.registry import adapt
 from tests import helpers
 from tests.reference import assert_close
@@ -154,6 +153,20 @@ class TestRows:
             assert_close(a, 2 * b, 1e-9)
         assert not any(use_of_rows)
 
+    def test_are_not_looked_for_where_the_total_is_not_known(self, monkeypatch, use_of_rows):
+        """Of a loss that is computed in parts, only the loop knows what it makes of them."""
+        monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
+        x, y = data()
+        model = helpers.compiled(network(), helpers.kfac(kl_clip=None))
+        optimizer = model.optimizer.attach(model)
+        with tf.GradientTape() as tape:
+            outputs = model(x[:4], training=True)
+            loss = model.compute_loss(x[:4], y[:4], outputs)
+            loss += model.compute_loss(x[:4], y[:4], outputs)
+        gradients = tape.gradient(loss, model.trainable_weights)
+        optimizer.apply_gradients(zip(gradients, model.trainable_weights))
+        assert use_of_rows and not any(use_of_rows)
+
 
 def test_rows_add_up_to_the_gradients(monkeypatch):
     monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
@@ -164,12 +177,12 @@ def test_rows_add_up_to_the_gradients(monkeypatch):
     with tf.GradientTape() as tape, recording(model.layers) as recorded:
         recorded.outputs = model(x, training=True)
         total = loss(y, recorded.outputs, weight)
-    recorded.terms = [understood(Score(loss, recorded.outputs, y, weight), 0)]
+    recorded.totals.append(total)
     gradients = tape.gradient(total, model.trainable_weights)
     by_variable = {id(v): g for v, g in zip(model.trainable_weights, gradients)}
+    monkeypatch.setattr(gradient_rows, "_are_cheaper", lambda *_: tf.constant(True))
     rows = GradientRows.of([recorded], found)
-    names = [adapter.layer.name for adapter in rows.adapters]
-    assert names == [model.layers[i].name for i in (6, 4, 2)]
-    pairs = rows.pairs()
-    for adapter in rows.adapters:
-        assert_close(pairs[id(adapter)].sum(), adapter.to_matrix(by_variable), 1e-12)
+    named = {adapter.layer.name: adapter for adapter in found if id(adapter) in rows.pairs}
+    assert list(named) == [model.layers[i].name for i in (2, 4, 6)]
+    for adapter in named.values():
+        assert_close(rows.pairs[id(adapter)].sum(), adapter.to_matrix(by_variable), 1e-12)

@@ -154,7 +154,7 @@ class ModelCurvature:
         """
         inverses = inverses or [block.inverse for block in self.blocks]
         inverses = [_on_batch(*pair, fisher_rows or {}) for pair in zip(self.blocks, inverses)]
-        known = [] if rows is None else rows.adapters
+        known = {} if rows is None else rows.pairs
         results: dict[int, Direction] = {}
         by_rows: list[_Task] = []
         for block, inverse in zip(self.blocks, inverses):
@@ -162,7 +162,7 @@ class ModelCurvature:
             task = _Task(block, inverse, _completed(block, present), present.keys())
             if not present:
                 results[id(block)] = {}, tf.zeros((), self._dtype)
-            elif any(block.adapter is adapter for adapter in known):
+            elif id(block.adapter) in known:
                 by_rows.append(task)
             else:
                 results[id(block)] = task.direction()
@@ -250,12 +250,11 @@ def _directions_by_rows(tasks: Sequence[_Task], rows: GradientRows) -> list[Dire
         return [task.direction() for task in tasks]
 
     def from_rows() -> list[Direction]:
-        pairs = rows.pairs()
-        each = [(task, pairs[id(task.block.adapter)]) for task in tasks]
+        each = [(task, rows.pairs[id(task.block.adapter)]) for task in tasks]
         agree = tf.reduce_all([t.block.is_made_of(pair, t.gradients) for t, pair in each])
         return ops.cond(agree, lambda: [t.direction(pair) for t, pair in each], from_sums)
 
-    return ops.cond(rows.is_cheaper(), from_rows, from_sums)
+    return ops.cond(rows.is_cheaper, from_rows, from_sums)
 
 
 def _prefixed(add_variable: AddVariable, prefix: str) -> AddVariable:

@@ -49,6 +49,7 @@ class ForwardPass:
         masks: Of the inputs of layers that Keras keeps them from, by `id` of the layer.
         outputs: What the model returned.
         is_seen: Whether `compute_loss` ran since.
+        totals: What it returned, each time: by way of the outputs it depends on the layers'.
         scores: The losses of its outputs, as `compute_loss` took them.
         unscored: Outputs that the total depends on, though it has no loss of them as they are.
         other_losses: Names of losses in the total of tensors that are no outputs.
@@ -63,6 +64,7 @@ class ForwardPass:
         self.masks: dict[int, tf.Tensor | None] = {}
         self.outputs: Any = None
         self.is_seen = False
+        self.totals: list[tf.Tensor] = []
         self.scores: list[Score] = []
         self.unscored: list[tf.Tensor] = []
         self.other_losses: list[str] = []
