@@ -446,6 +446,42 @@ def test_loss_that_is_named_counts_what_that_of_the_model_does() -> None:
         helpers.assert_same(found, {k: 3 * v for k, v in expected.items()}, rtol=1e-5, atol=1e-7)
 
 
+class Reduces(keras.Sequential):
+    """A loss that K-FAC does not know, reduced by itself or not."""
+
+    class Loss(keras.losses.Loss):
+        def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+            return keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+
+    reduction = "sum"
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        return tf.reduce_sum(self.Loss(reduction=self.reduction)(y, y_pred)) / len(y)
+
+
+class LeavesUnreduced(Reduces):
+    reduction = "none"
+
+
+class LeavesOneValue(LeavesUnreduced):
+    class Loss(Reduces.Loss):
+        def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+            return super().call(y_true, y_pred)[:, tf.newaxis]
+
+
+@pytest.mark.parametrize("cls", [Reduces, LeavesUnreduced], ids=["sum", "none"])
+def test_loss_that_is_named_is_reduced_as_that_of_the_model(cls: type[keras.Sequential]) -> None:
+    loss = helpers.crossentropy()
+    expected = factors_by_name(keras.Sequential, helpers.train_on_batches, loss=loss)
+    found = factors_by_name(cls, helpers.train_on_batches)
+    helpers.assert_same(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_loss_that_is_named_has_the_values_of_that_of_the_model() -> None:
+    with pytest.raises(ValueError, match=r"must have values of the shape.*Received: values of"):
+        factors_by_name(LeavesOneValue, helpers.train_on_batches)
+
+
 def test_one_name_for_several_losses_is_refused() -> None:
     with pytest.raises(ValueError, match=r"names one loss.* Received: losses \['sparse.*sparse"):
         factors_by_name(WeighsTwice, helpers.train_on_batches)

@@ -64,6 +64,34 @@ def test_weights_of_single_outputs_are_refused():
         model.train_on_batch(x, y, np.ones((6, 3)))
 
 
+class SquaresOfFeatures(losses.Loss):
+    def call(self, y_true, y_pred):
+        return (y_true - y_pred) ** 2
+
+
+class WeighsFeatures(keras.Model):
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        values = SquaresOfFeatures(reduction="none")(y, y_pred)
+        return tf.reduce_mean(values * self.weights_of_features)
+
+
+@pytest.mark.parametrize("likelihood", ["mse", None])
+def test_values_of_single_outputs_count_alike(likelihood):
+    inputs = keras.Input((4,))
+    model = WeighsFeatures(inputs, keras.layers.Dense(3)(inputs))
+    optimizer = helpers.kfac(likelihood=likelihood, fisher="sampled" if likelihood else "empirical")
+    model.compile(optimizer.attach(model), run_eagerly=True)
+    x, y = RNG.normal(size=(6, 4)), RNG.normal(size=(6, 3))
+    model.weights_of_features = 2.0
+    model.train_on_batch(x, y)
+    model.weights_of_features = np.array([1.0, 2, 3])
+    if likelihood is None:
+        model.train_on_batch(x, y)
+        return
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not for single features"):
+        model.train_on_batch(x, y)
+
+
 def test_weights_that_keras_pairs_with_the_last_axis_are_refused():
     """Weights of examples `[N]` for losses `[N, T]` count along `T`, where Keras does not fail."""
     model = keras.Sequential([keras.Input((6, 4)), keras.layers.Dense(3)])

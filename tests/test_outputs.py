@@ -548,3 +548,19 @@ def test_logits_that_are_probabilities():
             model.train_on_batch(x, np.eye(3)[[0, 1, 2, 0, 1, 2]])
         found.append(output_factors(optimizer))
     assert_close(*(g[0] for g in found), 1e-5)
+
+
+class OfTwoTargets(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return sum(keras.ops.mean(keras.ops.square(y_true[k] - y_pred), axis=-1) for k in "uv")
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "graph"])
+def test_targets_of_one_loss_may_be_several(run_eagerly):
+    settings = {"fisher": "empirical", **helpers.ADAPTIVE}
+    model = computing(lambda y, p: OfTwoTargets()(y, p["a"]), ["a"], **settings)
+    model.compile(model.optimizer, run_eagerly=run_eagerly)
+    x = RNG.normal(size=(64, 4)).astype("float32")
+    before = float(model.train_on_batch(x, {"u": x[:, :2], "v": x[:, 2:]}))
+    assert float(model.train_on_batch(x, {"u": x[:, :2], "v": x[:, 2:]})) < before
+    assert float(model.optimizer.signal_share) > 0

@@ -169,6 +169,56 @@ class TestRealWeightsOfPositions:
         assert_close(self.input_factor(*rest, weights=weights), self.expected(rows))
 
 
+class WeightsValues(keras.Model):
+    """Weights the values of its loss by itself."""
+
+    total = None
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        targets, weights = y
+        return type(self).total(MSE("none")(targets, y_pred), weights)
+
+
+TOTALS_OF_VALUES = {
+    "multiplied": lambda v, w: tf.reduce_sum(v * w) / tf.reduce_sum(w),
+    "masked": lambda v, w: tf.reduce_sum(tf.boolean_mask(v * w, w > 0)) / tf.reduce_sum(w),
+    "gathered": lambda v, w: tf.reduce_sum(tf.gather(v, [0, 2]) * tf.gather(w, [0, 2])),
+}
+
+
+class TestWeightsOfValues:
+    """Those that a `compute_loss` multiplies a loss by that it takes without reduction."""
+
+    def block(self, total, x, y, weights, run_eagerly=True):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input(x.shape[1:], dtype="float64")
+        model = type("Own", (WeightsValues,), {"total": staticmethod(total)})(
+            inputs, layers.Dense(2, dtype="float64")(inputs)
+        )
+        optimizer = helpers.kfac(fisher="exact", learning_rate=0.0)
+        model.compile(optimizer.attach(model), run_eagerly=run_eagerly)
+        model.train_on_batch(x, (y, weights))
+        own = optimizer._known.curvature.blocks[0]
+        return kron(own.input_factor, own.output_factor)
+
+    @pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "graph"])
+    @pytest.mark.parametrize("shape", [(6,), (3, 5)], ids=["examples", "positions"])
+    @pytest.mark.parametrize("name", TOTALS_OF_VALUES)
+    def test_count_as_sample_weights(self, name, shape, run_eagerly):
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(*shape, 4)), rng.normal(size=(*shape, 2))
+        weights = rng.uniform(0.1, 1, size=shape) * (rng.uniform(size=shape) > 0.4)
+        counts = weights / weights.sum()
+        if name == "gathered":
+            counts = weights * np.isin(np.arange(len(x)), [0, 2]).reshape(-1, *[1] * (x.ndim - 2))
+        rows = np.concatenate([x, np.ones((*shape, 1))], axis=-1)
+        a = np.einsum("n,ni,nj->ij", counts.ravel(), *[rows.reshape(-1, 5)] * 2)
+        actual = self.block(TOTALS_OF_VALUES[name], x, y, weights, run_eagerly)
+        assert_close(actual, kron(a, np.eye(2)))  # `(2 / features) I` is the Hessian of the loss.
+        alike = np.einsum("ni,nj->ij", *[rows.reshape(-1, 5)] * 2) * counts.mean()
+        assert relative_difference(alike, a) > 0.1
+
+
 class TestPositionsOfOtherLayers:
     """Those of weight 0 do not count in convolutions, recurrent layers and calls step by step."""
 

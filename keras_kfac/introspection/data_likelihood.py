@@ -33,7 +33,8 @@ def likelihood_term(model: keras.Model, outputs: Any, targets: Any, likelihood: 
         ValueError: If the model has several outputs, no loss, or one that is no likelihood.
     """
     term, _ = _own_term(model, outputs, targets, likelihood)
-    return scaled(dataclasses.replace(term, reduction="sum"), 1 / term.likelihood_weight())
+    summed = dataclasses.replace(term, score=term.score._replace(reduction="sum"))
+    return scaled(summed, 1 / term.likelihood_weight())
 
 
 def loss_scale(model: keras.Model, outputs: Sequence[tf.TensorShape]) -> float:

@@ -20,6 +20,7 @@ from keras_kfac import _keras_internals
 from keras_kfac.introspection.losses import Score, Term
 from keras_kfac.introspection.observed_losses import AddedLoss
 from keras_kfac.introspection.replay import Replay, batches_among
+from keras_kfac.math.linalg import shaped_like
 
 
 class LayerCall(NamedTuple):
@@ -130,7 +131,7 @@ class ForwardPass:
             output_gradients=vectors,
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        return tf.nest.map_structure(_shaped, found, sources)
+        return tf.nest.map_structure(shaped_like, found, sources)
 
     def layers_behind(self, targets: tf.Tensor | Sequence[tf.Tensor]) -> set[int]:
         """The layers that a tensor depends on, or one of several, by `id`."""
@@ -141,15 +142,6 @@ class ForwardPass:
             for key, gradients in found.items()
             if any(gradient is not None for gradient in tf.nest.flatten(gradients))
         }
-
-
-def _shaped(gradient: Any, output: tf.Tensor) -> tf.Tensor:
-    """A gradient as a tensor of which is known what is known of the output."""
-    # Of an output that is gathered from, it can be a few rows; within a loop, that of a product
-    # with more than two axes has none of a known size.
-    tensor = tf.convert_to_tensor(gradient)
-    tensor.set_shape(output.shape)
-    return tensor
 
 
 class _Recording(threading.local):

@@ -10,9 +10,11 @@ from keras_kfac import _keras_internals
 from keras_kfac.introspection.known_losses import PerPosition, known
 from keras_kfac.introspection.target_curvature import TargetGradients, TargetHessian, is_convex
 from keras_kfac.introspection.value_shapes import (
+    OF_FEATURES,
     check_positions,
     check_weights,
     checked,
+    checked_alike,
     is_for_all,
 )
 from keras_kfac.math.draws import check_compiles
@@ -55,8 +57,10 @@ class Score(NamedTuple):
         outputs: The output.
         targets: Its targets; of no meaning if nobody saw them.
         sample_weight: What the examples count; `None` if all the same.
-        weight: What the loss is multiplied by in the total: number or scalar.
+        weight: What the loss is multiplied by in the total: number or scalar, or as many as a loss
+            without a reduction has values.
         is_complete: Whether targets and sample weights were seen.
+        reduction: What to take in place of the loss's own; `None` for that.
     """
 
     loss: keras.losses.Loss
@@ -65,6 +69,7 @@ class Score(NamedTuple):
     sample_weight: Any = None
     weight: Any = 1.0
     is_complete: bool = True
+    reduction: str | None = None
 
 
 def _ignored_class(loss: keras.losses.Loss) -> int | None:
@@ -80,14 +85,12 @@ class Term:
         index: The place of its output among all of the model.
         likelihood: The predictive distribution; `None` if unknown. The curvature is by the targets
             then.
-        reduction: What to take in place of the loss's reduction; `None` for that.
         is_known: Whether the loss is known to have a value at each position.
     """
 
     score: Score
     index: int
     likelihood: Likelihood | None
-    reduction: str | None = None
     is_known: bool = False
 
     @property
@@ -155,7 +158,7 @@ class Term:
     def is_weighted(self) -> bool:
         """Whether examples may count differently."""
         is_masked = _keras_internals.mask_of(self.outputs) is not None
-        return is_masked or self._ignores or self.score.sample_weight is not None
+        return is_masked or self._ignores or any(weights.shape.rank for weights in self._weights)
 
     @property
     def tells_positions_apart(self) -> bool:
@@ -166,8 +169,8 @@ class Term:
     @property
     def weighs_positions(self) -> bool:
         """Whether positions of one example may have weights of their own."""
-        weights = self._sample_weight
-        return weights is not None and any(size != 1 for size in weights.shape[1:])
+        sizes = [size for weights in self._weights for size in weights.shape[1:]]
+        return any(size != 1 for size in sizes)
 
     @property
     def _is_convex(self) -> bool:
@@ -192,6 +195,8 @@ class Term:
             by_value = tf.reshape(by_value, [])
         rank = self._rank(by_value)
         if by_value.shape.rank >= rank:
+            if tf.convert_to_tensor(self.score.weight).shape.rank:
+                by_value = checked_alike(by_value, rank)
             return tf.reduce_sum(by_value, axis=list(range(rank, by_value.shape.rank)))
         coefficients = _spread(by_value, self.outputs, rank)
         share = tf.size(by_value) / tf.size(coefficients)
@@ -213,9 +218,16 @@ class Term:
             self._check_positions(sample_weight.shape)
         with tf.GradientTape() as tape:
             tape.watch(values)
-            total = _Reduction(values, loss, self.reduction)(outputs, outputs, sample_weight)
+            total = _Reduction(values, loss, self.score.reduction)(outputs, outputs, sample_weight)
         # Without a reduction both have an entry for each value, of a shape of Keras's own.
-        weight = tf.broadcast_to(scalar(self.score.weight, total.dtype), tf.shape(total))
+        weight = scalar(self.score.weight, total.dtype)
+        if weight.shape.rank not in (0, total.shape.rank):
+            raise ValueError(
+                "The loss that `attach(model, loss=...)` names must have values of the shape of "
+                "those that the one in its place has, which is not reduced. Received: values of "
+                f"shape {total.shape} in place of {weight.shape}"
+            )
+        weight = tf.broadcast_to(weight, tf.shape(total))
         return tape.gradient(total, values, output_gradients=weight)
 
     def counts_negatively(self) -> tf.Tensor:
@@ -248,9 +260,7 @@ class Term:
         positions = max(self.outputs.shape.rank - 1, 1)
         if self.likelihood is not None and any(size != 1 for size in weights[positions:]):
             raise ValueError(
-                "With a likelihood, sample weights are for examples or positions of the outputs "
-                "(batch, ..., features), not for single features: K-FAC can't tell what each "
-                f"counts. Received: weights of shape {weights} for outputs of shape "
+                f"{OF_FEATURES} Received: weights of shape {weights} for outputs of shape "
                 f"{self.outputs.shape}"
             )
 
@@ -302,7 +312,9 @@ class Term:
         """
         likelihood = self.likelihood
         if likelihood is None:
-            targets = self.targets if places is None else tf.gather(self.targets, places)
+            targets = self.targets
+            if places is not None:
+                targets = tf.nest.map_structure(lambda t: tf.gather(t, places), targets)
             term = dataclasses.replace(self, score=self.score._replace(targets=targets))
             if self._is_convex:
                 return outputs, TargetHessian(term.values)

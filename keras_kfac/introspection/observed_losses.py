@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_kfac.introspection.losses import Score
+from keras_kfac.math.linalg import shaped_like
 
 
 class ObservedLosses:
@@ -48,7 +49,11 @@ class ObservedLosses:
         values = [value for _, value in self._calls]
         of_calls, of_added = self.tape.gradient(total, [values, list(self._added)])
         calls, added = zip(self._calls, of_calls), zip(self._added, of_added)
-        scores = [score._replace(weight=w) for (score, _), w in calls if w is not None]
+        scores = [
+            score._replace(weight=shaped_like(w, value))
+            for (score, value), w in calls
+            if w is not None
+        ]
         return Terms(
             scores,
             [AddedLoss(loss, w) for loss, w in added if w is not None],

@@ -18,7 +18,8 @@ def given_score(
 ) -> Score:
     """That of a loss which somebody names, on the output that `compute_loss` is called with.
 
-    It is of what the loss is that is seen in its place, and counts what that does.
+    It is of what the loss is that is seen in its place, is reduced as that, and counts what that
+    does.
 
     Args:
         loss: A name, function or `keras.Loss`.
@@ -41,7 +42,8 @@ def given_score(
             f"{[score.loss.name for score in replaced]}"
         )
     if replaced:
-        return replaced[0]._replace(loss=as_loss(loss))
+        (score,) = replaced
+        return score._replace(loss=as_loss(loss), reduction=score.loss.reduction)
     sample_weight, is_complete = only_entry(given.get("sample_weight")), targets[0] is not None
     return Score(as_loss(loss), outputs[0], targets[0], sample_weight, is_complete=is_complete)
 

@@ -2,6 +2,13 @@
 
 import tensorflow as tf
 
+OF_FEATURES = (
+    "With a likelihood, weights are for examples or positions of the outputs (batch, ..., "
+    "features), not for single features: K-FAC can't tell what each counts."
+)
+# Sums of weights differ by no more than this where the weights don't.
+_ROUNDING = 1e-4
+
 
 def check_weights(weights: tf.TensorShape, values: tf.TensorShape) -> None:
     """Checks that there is a weight for each value of a loss, or for those along one of its axes.
@@ -72,6 +79,27 @@ def check_positions(values: tf.Tensor, outputs: tf.Tensor, rank: int) -> None:
     for axis, (own, size) in enumerate(zip(values.shape[:rank], outputs.shape)):
         if None not in (own, size) and own != size and (own != 1 or axis == 0):
             raise ValueError(_message(values, outputs))
+
+
+def checked_alike(by_value: tf.Tensor, rank: int) -> tf.Tensor:
+    """What the values of a loss count, if those of a position count alike.
+
+    Args:
+        by_value: What each counts, `[..., features]`.
+        rank: How many axes tell the positions apart.
+
+    Raises:
+        tf.errors.InvalidArgumentError: If they don't; in a graph, when it runs.
+    """
+    if by_value.shape.rank == rank:
+        return by_value
+    features = list(range(rank, by_value.shape.rank))
+    mean = tf.reduce_mean(by_value, axis=features, keepdims=True)
+    largest = tf.reduce_max(tf.abs(by_value))
+    error = tf.reduce_max(tf.abs(by_value - mean))
+    check = tf.debugging.assert_less_equal(error, _ROUNDING * largest, OF_FEATURES)
+    with tf.control_dependencies([] if check is None else [check]):
+        return tf.identity(by_value)
 
 
 def _message(values: tf.Tensor, outputs: tf.Tensor) -> str:

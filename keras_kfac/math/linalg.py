@@ -85,6 +85,15 @@ def with_rank(tensor: tf.Tensor, rank: int) -> tf.Tensor:
     return tf.reshape(tensor, tf.concat([tf.shape(tensor), [1] * missing], axis=0))
 
 
+def shaped_like(gradient: tf.Tensor | tf.IndexedSlices, of: tf.Tensor) -> tf.Tensor:
+    """A gradient by a tensor, as one of which is known what is known of that."""
+    # Of what is gathered from, it can be a few rows; within a loop, that of a product with more
+    # than two axes has none of a known size.
+    tensor = tf.convert_to_tensor(gradient)
+    tensor.set_shape(of.shape)
+    return tensor
+
+
 def cast(gradient: Gradient, dtype: tf.DType | str) -> Gradient:
     """A gradient in another dtype."""
     if isinstance(gradient, RowPairs):
