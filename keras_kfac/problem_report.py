@@ -41,26 +41,29 @@ class ProblemReport:
 
     def warn_of_lost_updates(self, curvature: ModelCurvature) -> None:
         """Warns if statistics of more batches have been left out since the last report."""
-        lost = curvature.lost_updates()
-        if any(count > self._lost.get(name, 0) for name, count in lost.items()):
-            warnings.warn(
-                "K-FAC left out statistics of batches that were not finite: draws from the "
-                "predictive distribution may have infinite derivatives, or activations overflow. "
-                "Averages go on without them, and are biased if that is often. Batches left out "
-                "so far: " + ", ".join(f"{name}: {count}" for name, count in lost.items()),
-                stacklevel=4,
-            )
-        self._lost = lost
+        self._lost = _warned_of(
+            curvature.lost_updates(),
+            self._lost,
+            "K-FAC left out statistics of batches that were not finite: draws from the "
+            "predictive distribution may have infinite derivatives, or activations overflow. "
+            "Averages go on without them, and are biased if that is often. Batches left out "
+            "so far",
+        )
 
     def warn_of_singular_factors(self, curvature: ModelCurvature) -> None:
         """Warns if more refreshes of inverses have failed since the last report."""
-        failed = curvature.failed_refreshes()
-        if any(count > self._failed.get(name, 0) for name, count in failed.items()):
-            warnings.warn(
-                "K-FAC factors could not be inverted: they are singular to working precision at "
-                "this damping. Their layers keep the previous inverse (before the first one: step "
-                "along the plain gradient). Increase `damping`. Failed refreshes so far: "
-                + ", ".join(f"{name}: {count}" for name, count in failed.items()),
-                stacklevel=4,
-            )
-        self._failed = failed
+        self._failed = _warned_of(
+            curvature.failed_refreshes(),
+            self._failed,
+            "K-FAC factors could not be inverted: they are singular to working precision at "
+            "this damping. Their layers keep the previous inverse (before the first one: step "
+            "along the plain gradient). Increase `damping`. Failed refreshes so far",
+        )
+
+
+def _warned_of(counts: dict[str, int], before: dict[str, int], message: str) -> dict[str, int]:
+    """Warns of failures of blocks, if there are more than before; returns how many there are."""
+    if any(count > before.get(name, 0) for name, count in counts.items()):
+        each = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        warnings.warn(f"{message}: {each}", stacklevel=5)
+    return counts
