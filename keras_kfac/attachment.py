@@ -98,6 +98,7 @@ class Attachment:
             return wrapper(original, *args, **kwargs)
 
         hook.attachment = self
+        hook.__signature__ = inspect.signature(original)  # Callers go by it.
         vars(self.model)[name] = hook
         self._hooked.append(name)
 
