@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 
 def flatten_layers(model: keras.Layer) -> list[keras.Layer]:
@@ -140,10 +141,19 @@ def current_graph() -> Any:
 
 
 def is_within(graph: Any) -> bool:
-    """Whether tensors of `graph` can be used here: it is this graph or one around it."""
+    """Whether what is computed in `graph` is computed here, too: it is this one or one around it.
+
+    Tensors of an eager computation can be used in graphs, but stay as they are there.
+    """
     current = current_graph()
-    while current is not None:
-        if current is graph:
-            return True
+    while graph is not None and current is not None and current is not graph:
         current = getattr(current, "outer_graph", None)
-    return graph is None
+    return current is graph
+
+
+def is_taped() -> bool:
+    """Whether a tape on this thread may record what is computed; if not, it is in no gradient.
+
+    A tape tells no more than which of its own variables it has seen.
+    """
+    return record.could_possibly_record()

@@ -57,12 +57,13 @@ class AttachableOptimizer(ConfiguredOptimizer):
         need not be built yet.
 
         In a custom loop, call the model and apply the gradients of the loss to its trainable
-        weights as usual. All forward passes in training mode since the last step are taken to be
-        terms of the loss, unless `model.compute_loss` is used: then those whose outputs it saw,
-        with their sample weights. A `compute_loss` of your own calls instances of
-        `keras.losses.Loss` on the outputs; what it adds to these has no part in the Fisher matrix.
-        Where the model has a part in the step of another model's optimizer, a GAN's discriminator
-        in that of the generator, call it with `training=False`.
+        weights as usual, in one `tf.function` or none. All forward passes in training mode and
+        under a tape since the last step are taken to be terms of the loss, unless
+        `model.compute_loss` is used: then those whose outputs it saw, with their sample weights. An
+        output that two of its calls in a step score counts once. A `compute_loss` of your own calls
+        instances of `keras.losses.Loss` on the outputs; what it adds to these has no part in the
+        Fisher matrix. Call the model with `training=False` for gradients that the optimizer does
+        not apply, as where a GAN's discriminator has a part in the step of the generator.
 
         Args:
             model: The model that `optimizer` trains.

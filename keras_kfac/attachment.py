@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_kfac import _keras_internals
 from keras_kfac.curvature.coverage import BlockSettings, CoveragePlan, plan_coverage
 from keras_kfac.introspection.forward_pass import (
     ForwardPass,
@@ -19,13 +20,10 @@ from keras_kfac.introspection.losses import understood
 from keras_kfac.introspection.model_pass import recorded_pass
 from keras_kfac.introspection.observed_losses import ObservedLosses, Terms, observed_losses
 from keras_kfac.introspection.only_score import given_score, unseen_score
+from keras_kfac.introspection.pending_passes import PendingPasses
 from keras_kfac.introspection.replay import Replay, is_replaying
 from keras_kfac.introspection.unscored import check_scored
 from keras_kfac.math.likelihood import Likelihood
-
-# In eager custom loops, training-mode passes that no step ever uses (Monte-Carlo dropout, say)
-# hold on to their activations; only so many of the newest are kept.
-_MOST_PENDING = 16
 
 _UNATTACHED = (
     "KFAC is not attached to a model, so it can't see layer inputs and output gradients. Pass "
@@ -56,7 +54,7 @@ class Attachment:
         self._likelihood = likelihood
         self._replays = replays
         self._on_replaced = on_replaced
-        self._pending: list[ForwardPass] = []
+        self._pending = PendingPasses()
         self._observed: ObservedLosses | None = None  # While `compute_loss` runs.
         self._is_inference = False
         self._loss_scale = 0.0
@@ -98,6 +96,7 @@ class Attachment:
             return wrapper(original, *args, **kwargs)
 
         hook.attachment = self
+        hook.__signature__ = inspect.signature(original)  # Callers go by it.
         vars(self.model)[name] = hook
         self._hooked.append(name)
 
@@ -110,8 +109,7 @@ class Attachment:
             replay = Replay(self.model, args, {**kwargs, "training": True})
         forward_pass = recorded_pass(self.model, lambda: call(*args, **kwargs))
         forward_pass.replay = replay
-        self._pending = self._usable()[1 - _MOST_PENDING :]
-        self._pending.append(forward_pass)
+        self._pending.add(forward_pass)
         if self._observed is not None:
             self._observed.watch(forward_pass.outputs)
         return forward_pass.outputs
@@ -132,7 +130,8 @@ class Attachment:
         self._loss_scale = scale
 
     def _is_training(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        if self._is_inference:
+        # What no tape records is in no gradient that is applied.
+        if self._is_inference or not _keras_internals.is_taped():
             return False
         if any(isinstance(x, keras.KerasTensor) for x in tf.nest.flatten((args, kwargs))):
             return False
@@ -145,9 +144,9 @@ class Attachment:
     def _observed_compute_loss(
         self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if self._is_inference or is_replaying():
+        if self._is_inference or is_replaying() or not _keras_internals.is_taped():
             return compute_loss(*args, **kwargs)
-        passes = self._usable()
+        passes = self._pending.usable()
         with observed_losses(self.model.losses) as observed, contextlib.ExitStack() as stack:
             observed.watch([p.outputs for p in passes])
             for forward_pass in passes:
@@ -156,7 +155,7 @@ class Attachment:
                 total = compute_loss(*args, **kwargs)
         for forward_pass in passes:
             forward_pass.totals.append(total)
-        if passes := self._usable():  # Those of calls within it, too.
+        if passes := self._pending.usable():  # Those of calls within it, too.
             terms = observed.terms(total)
             if self._given_loss is not None:
                 score = given_score(self._given_loss, args, kwargs, terms.scores)
@@ -175,9 +174,6 @@ class Attachment:
         finally:
             self._is_inference = before
 
-    def _usable(self) -> list[ForwardPass]:
-        return [p for p in self._pending if p.is_usable()]
-
     @property
     def is_compiled(self) -> bool:
         """Whether Keras has XLA compile the training step."""
@@ -187,24 +183,27 @@ class Attachment:
         """Forward passes that make up the loss of the step under way; forgets them.
 
         Passes whose outputs went through `compute_loss` are exactly those that count. In a custom
-        loop without `compute_loss` it is all passes in training mode since the last step.
+        loop without `compute_loss` it is all passes in training mode, under a tape, since the last
+        step.
 
         Raises:
-            RuntimeError: If there was none.
+            RuntimeError: If there was none, or more than are kept.
             ValueError: If `compute_loss` takes no loss that tells the curvature.
         """
-        usable = self._usable()
-        self._pending.clear()
+        pending, self._pending = self._pending, PendingPasses()
+        usable = pending.usable()
         if seen := [p for p in usable if p.is_seen]:
             check_scored(self.model, seen, self.is_trained)
         passes = [p for p in usable if p.scores] or usable
         if not passes:
             raise RuntimeError(
                 "K-FAC saw no forward pass of the attached model in this training step. Call the "
-                "model itself with training=True in the step that applies the gradients (calling "
-                "its layers one by one, or a different model that holds them, is not seen). "
-                f"Received: attached model {self.model.name!r}"
+                "model itself with training=True, under a `tf.GradientTape` and in the same "
+                "`tf.function` (if any) that applies the gradients. Calling its layers one by one, "
+                "or a different model that holds them, is not seen. Received: attached model "
+                f"{self.model.name!r}" + (", not in the same function" if len(pending) else "")
             )
+        pending.check_complete(passes)
         for forward_pass in passes:
             outputs = [id(output) for output in tf.nest.flatten(forward_pass.outputs)]
             scores = forward_pass.scores

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -399,6 +400,111 @@ def test_passes_that_are_not_scored_do_not_count_beside_one_that_is() -> None:
     helpers.assert_same(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+def attached(model: keras.Model) -> tuple[keras.Model, tf.Tensor, tf.Tensor]:
+    """In the midst of training by a custom loop, and a batch."""
+    optimizer = helpers.kfac(fisher="exact", learning_rate=0.0, momentum=0.0, factor_ema_decay=0.0)
+    optimizer.attach(helpers.compiled(model, optimizer))
+    x, y = map(tf.constant, helpers.vectors(helpers.BATCH))
+    helpers.tape_step(model, model.loss, optimizer)(x, y)
+    return model, x, y
+
+
+def taped_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
+    """A pass that a gradient may be of."""
+    with tf.GradientTape():
+        return model(x, training=True)
+
+
+def test_eager_pass_is_no_term_of_a_traced_step() -> None:
+    model, x, y = attached(helpers.mlp())
+    expected = helpers.factors(model.optimizer)
+    taped_call(model, 100.0 * x)
+    tf.function(helpers.tape_step(model, model.loss, model.optimizer))(x, y)
+    helpers.assert_same(helpers.factors(model.optimizer), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_gradients_of_an_eager_pass_are_not_applied_in_a_graph(is_scored: bool) -> None:
+    model, x, y = attached(helpers.mlp())
+    variables = model.trainable_variables
+    with tf.GradientTape() as tape:
+        outputs = model(x, training=True)
+        loss = model.compute_loss(x, y, outputs) if is_scored else model.loss(y, outputs)
+    apply = tf.function(lambda gradients: model.optimizer.apply(gradients, variables))
+    with pytest.raises(RuntimeError, match=r"same `tf.function`(?s:.*)Received.*not in the same"):
+        apply(tape.gradient(loss, variables))
+
+
+def test_eager_pass_stays_while_something_else_is_traced() -> None:
+    model, x, y = attached(helpers.mlp())
+    expected = helpers.factors(model.optimizer)
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x, training=True))
+    tf.function(lambda: model.compute_loss(x, y, taped_call(model, 100.0 * x)))()
+    model.optimizer.apply(tape.gradient(loss, model.trainable_variables))
+    helpers.assert_same(helpers.factors(model.optimizer), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_no_tape_records_is_no_term(graph: bool) -> None:
+    """Validation in the midst of a step, by a model whose `call` is not told of it."""
+    model, x, y = attached(Subclassed())
+    expected = helpers.factors(model.optimizer)
+
+    def step() -> None:
+        with tf.GradientTape() as tape:
+            loss = model.loss(y, model(x, training=True))
+        model.compute_loss(x, y, model(100.0 * x))
+        model(100.0 * x)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        model.optimizer.apply(gradients, model.trainable_variables)
+
+    (tf.function(step) if graph else step)()
+    helpers.assert_same(helpers.factors(model.optimizer), expected, rtol=1e-5, atol=1e-7)
+
+
+MANY = 18
+
+
+def step_of_many(model: keras.Model, x: tf.Tensor, loss: Callable[..., tf.Tensor] | None) -> None:
+    """The loss of each forward pass follows that, if it is the model's, or all come last."""
+    score = functools.partial(model.compute_loss, x) if loss is None else loss
+    y = tf.zeros(len(x), "int32")
+    with tf.GradientTape() as tape:
+        outputs = (model(x, training=True) for _ in range(MANY))
+        outputs = outputs if loss is None else list(outputs)
+        total = sum(score(y, each) for each in outputs)
+    model.optimizer.apply(tape.gradient(total, model.trainable_variables))
+
+
+def test_every_scored_pass_counts_however_many() -> None:
+    model, x, _ = attached(helpers.mlp())
+    expected = helpers.factors(model.optimizer)
+    expected = {k: v * (MANY if k.endswith("output_factor") else 1) for k, v in expected.items()}
+    step_of_many(model, x, None)
+    helpers.assert_same(helpers.factors(model.optimizer), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_step_of_more_passes_than_are_kept_is_refused(is_scored: bool) -> None:
+    model, x, _ = attached(helpers.mlp())
+    loss = functools.partial(model.compute_loss, x) if is_scored else model.loss
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(RuntimeError, match=rf"compute_loss.*Received: {MANY} forward passes"),
+    ):
+        step_of_many(model, x, loss)
+
+
+def test_passes_that_no_step_is_after_may_be_many() -> None:
+    model, x, y = attached(helpers.mlp())
+    expected = helpers.factors(model.optimizer)
+    for _ in range(MANY):
+        taped_call(model, 100.0 * x)
+    helpers.tape_step(model, None, model.optimizer)(x, y)
+    helpers.assert_same(helpers.factors(model.optimizer), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_step_without_forward_pass_is_refused() -> None:
     model = helpers.compiled(helpers.mlp())
     model.optimizer.attach(model)
@@ -700,8 +806,12 @@ def test_direct_call_for_inference_records_nothing(recorded: list[int]) -> None:
     model(x)
     model(x, training=False)
     model(keras.Input((helpers.FEATURES,)), training=True)
+    model(x, training=True)  # Under no tape.
+    with tf.GradientTape() as tape, tape.stop_recording():
+        model(x, training=True)
     assert recorded == []
-    model(x, training=True)
+    with tf.GradientTape():
+        model(x, training=True)
     assert recorded == [1]
 
 

@@ -289,8 +289,24 @@ def test_a_forward_pass_of_training_before_has_no_part():
     model.compile(KFAC(), LOSS["mse"].make())
     expected = FisherMatrix(model, x, y).to_dense()
     model.optimizer.attach(model)
-    model(x, training=True)
+    with tf.GradientTape():
+        model(x, training=True)
     assert_close(FisherMatrix(model, x, y).to_dense(), expected)
+
+
+@pytest.mark.parametrize("matrix", [FisherMatrix, GaussNewtonMatrix])
+def test_compute_loss_of_an_attached_model_is_not_that_of_training(matrix):
+    class Weighs(keras.Sequential):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            return 3.0 * loss if training else loss
+
+    model = Weighs([keras.Input((4,)), keras.layers.Dense(3)])
+    x, y = RNG.normal(size=(5, 4)), RNG.normal(size=(5, 3))
+    model.compile(KFAC(), LOSS["mse"].make())
+    expected = matrix(model, x, y).to_dense()
+    model.optimizer.attach(model)
+    helpers.assert_same(matrix(model, x, y).to_dense(), expected)
 
 
 class OfTensorFlow(keras.layers.Layer):

@@ -449,12 +449,14 @@ def test_losses_of_outputs_may_be_computed_one_by_one(run_eagerly):
     helpers.assert_same(*found, rtol=1e-5, atol=1e-7)
 
 
-def test_targets_that_lead_to_no_layer_are_constants():
-    """The model returns them without a gradient."""
+@pytest.mark.parametrize("stops", [True, False])
+def test_targets_that_lead_to_no_trained_layer_are_constants(stops):
+    """The model returns them without a gradient, or those of another that is not trained."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))
     hidden = layers.Dense(3, name="trunk")(inputs)
-    still = layers.Lambda(tf.stop_gradient)(layers.Dense(2, trainable=False)(hidden))
+    still = layers.Dense(2, trainable=False)(hidden if stops else inputs)
+    still = layers.Lambda(tf.stop_gradient)(still) if stops else still
     outputs = {"a": layers.Dense(2)(hidden), "b": still}
     own = type("Own", (Computes,), {"total": staticmethod(lambda y, p: SQUARES(p["b"], p["a"]))})
     model = own(inputs, outputs)

@@ -84,8 +84,16 @@ class ForwardPass:
         shapes = [output.shape for output in batches_among(self.outputs)]
         return bool(shapes) and all(shape.rank and shape[0] is None for shape in shapes)
 
+    @property
+    def is_eager(self) -> bool:
+        """Whether the recorded tensors have values."""
+        return self._graph is None
+
     def is_usable(self) -> bool:
-        """Whether the recorded tensors belong to the computation under way."""
+        """Whether the recorded tensors belong to the computation under way.
+
+        In a graph, those with values would be constants.
+        """
         return _keras_internals.is_within(self._graph)
 
     @property

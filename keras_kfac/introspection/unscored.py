@@ -31,16 +31,18 @@ def check_scored(
         ValueError: If there are no losses of outputs, or layers which they do not depend on are
             behind other outputs in the total.
     """
-    for forward_pass in passes:  # One that leads to no layer is as good as a constant.
-        unscored = forward_pass.unscored
-        forward_pass.unscored = [o for o in unscored if forward_pass.layers_behind(o)]
+    trained: dict[int, keras.Layer] = {}
+    if any(p.unscored for p in passes):
+        layers = _keras_internals.flatten_layers(model)
+        trained = {id(x): x for x in layers if any(is_trained(v) for v in x.variables)}
+    for p in passes:  # One that leads to no trained layer is as good as a constant.
+        p.unscored = [o for o in p.unscored if trained.keys() & p.layers_behind(o)]
     names = sorted({n for p in passes for n in names_of(model, p.outputs, p.unscored)})
     if not any(p.scores for p in passes):
         raise unscored_error(model, names)
     if names:
         missing = _layers_of_unscored(passes) - _layers_of_scores(passes)
-        layers = [x for x in _keras_internals.flatten_layers(model) if id(x) in missing]
-        paths = [layer_path(x) for x in layers if any(is_trained(v) for v in x.variables)]
+        paths = [layer_path(x) for key, x in trained.items() if key in missing]
         if paths:
             raise unscored_error(model, names, f", behind which are layers {paths}")
         warnings.warn(
@@ -52,9 +54,9 @@ def check_scored(
     others = sorted({name for forward_pass in passes for name in forward_pass.other_losses})
     if others:
         warnings.warn(
-            "A loss is of a tensor that the model does not return as it is. Its gradient counts, "
-            "its curvature is left out of K-FAC's. Let the model return that tensor, or give the "
-            "loss the model's output. Losses: " + ", ".join(others),
+            "A loss is of a tensor that the model does not return as it is. If it is part of the "
+            "loss, its gradient counts, its curvature is left out of K-FAC's. Let the model return "
+            "that tensor, or give the loss the model's output. Losses: " + ", ".join(others),
             stacklevel=2,
         )
 
