@@ -133,17 +133,19 @@ class Pool(layers.Layer):
 @pytest.mark.parametrize("window", [2, 6])
 def test_masks_may_be_of_what_was_pooled(window):
     rng = np.random.default_rng(0)
-    dense = layers.Dense(2, **FLOAT)
-    drop = layers.Lambda(tf.identity, mask=lambda x, mask: None, **FLOAT)
-    body = [layers.Masking(**FLOAT), Pool(window), dense, drop]
     x = rng.normal(size=(5, 6, 4))
     x[rng.random(size=(5, 6)) < 0.7] = 0
     x[0] = 0
-    model = keras.Sequential([keras.Input((6, 4), dtype="float64"), *body])
-    ((a, _),) = factors(model, LOSS["mse"].make(), x, layers=[dense])
     pooled = x.reshape(5, -1, window, 4).mean(axis=2)
     counts = (pooled != 0).any(axis=-1)
     assert not counts.all()
+    dense = layers.Dense(2, **FLOAT)
+    # No loss takes such a mask; but what it hides is not to arrive there.
+    without = tf.constant(counts[..., np.newaxis], "float64")
+    drop = layers.Lambda(lambda x: x * without, mask=lambda x, mask: None, **FLOAT)
+    body = [layers.Masking(**FLOAT), Pool(window), dense, drop]
+    model = keras.Sequential([keras.Input((6, 4), dtype="float64", batch_size=5), *body])
+    ((a, _),) = factors(model, LOSS["mse"].make(), x, layers=[dense])
     # The loss counts all positions: examples count alike, if any of their positions does.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows = np.c_[pooled[counts], np.ones(counts.sum())]
@@ -164,6 +166,49 @@ def test_masks_may_be_long(positions):
         expected = expected.reshape(1, positions, 2).any(axis=2)
     np.testing.assert_array_equal(known, expected)
     np.testing.assert_array_equal(of_unknown_size(mask), expected)
+
+
+def losing(is_masked, operation):
+    """A network in which something that is no layer drops the mask behind two layers."""
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((None,), dtype="int32")
+    normal = keras.initializers.RandomNormal(stddev=1.0, seed=1)
+    embedding = layers.Embedding(7, 4, mask_zero=is_masked, embeddings_initializer=normal, **FLOAT)
+    x = layers.Dense(3, "relu", **FLOAT)(embedding(tokens))
+    return keras.Model(tokens, layers.Dense(2, **FLOAT)(operation(x)))
+
+
+LOSING = {
+    "sum": lambda x: x + keras.ops.ones((4, 3), "float64"),
+    "mean": lambda x: keras.ops.mean(x, axis=1, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("name", LOSING)
+def test_masks_that_are_lost_hide_nothing(name, in_graph):
+    def found(is_masked):
+        model = losing(is_masked, LOSING[name])
+        assert _keras_internals.mask_of(model(PADDED)) is None
+
+        def of_batch():
+            loss, adapted = LOSS["mse"].make(), adapted_layers(model)
+            return [tuple(own) for own in factors(model, loss, PADDED, layers=adapted)]
+
+        return tf.function(of_batch)() if in_graph else of_batch()
+
+    for own, other in zip(found(True), found(False), strict=True):
+        for actual, expected in zip(own, other, strict=True):
+            assert_close(actual, expected, 1e-12)
+
+
+def test_weights_may_hide_what_a_lost_mask_should():
+    model, loss = losing(True, LOSING["sum"]), LOSS["mse"].make()
+    options = {"layers": adapted_layers(model), "sample_weight": (PADDED > 0).astype("float64")}
+    table, *others = factors(model, loss, PADDED, **options)
+    assert table.input_factor[0] == 0 < table.input_factor[1]
+    for own in others:
+        assert_close(own.input_factor[-1, -1], 1, 1e-12)
 
 
 def test_masks_of_single_steps():

@@ -235,6 +235,13 @@ class LayerAdapter(abc.ABC):
         """
         return ()
 
+    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+        """Which positions of a call are no padding, as far as Keras knows; `None` if all are not.
+
+        It may be lost behind the layer: see `lost_masks.py`.
+        """
+        return None
+
     def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
         """Which of some rows `[..., batch, positions, d]` are no padding; `None` if all are not.
 

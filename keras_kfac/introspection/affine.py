@@ -85,8 +85,12 @@ class AffineAdapter(LayerAdapter):
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """The mask, if there is one."""
-        is_masked = self.has_masks and self.kernel is not None and call.mask is not None
-        return (call.mask,) if is_masked else ()
+        mask = self.mask_of(call)
+        return () if mask is None else (mask,)
+
+    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+        """That of its input, if it is for positions of a kernel."""
+        return call.mask if self.has_masks and self.kernel is not None else None
 
     def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
         """That of the positions, if there is one."""

@@ -58,16 +58,23 @@ class EmbeddingAdapter(LayerAdapter):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """How often each index occurs, and how many indices there are."""
         indices = self._indices(inputs)
-        counts = indices != 0 if self.layer.mask_zero else tf.ones_like(indices)
+        counts = observed[0] if observed else tf.ones_like(indices)
         weights = factors.row_weights(example_weights, tf.cast(counts, dtype))
         return factors.index_moment(indices, self.dims[0], weights)
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """Which indices are no padding, where that is told by index 0."""
-        return (self._indices(call.inputs) != 0,) if self.layer.mask_zero else ()
+        mask = self.mask_of(call)
+        return () if mask is None else (mask,)
+
+    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+        """The same."""
+        if call.mask is not None or not self.layer.mask_zero:
+            return call.mask
+        return self._indices(call.inputs) != 0
 
     def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
-        """The same."""
+        """That of the indices, if there is one."""
         return observed[0] if observed else None
 
     def _indices(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -159,6 +166,10 @@ class ReverseAdapter(LayerAdapter):
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """The outputs, and the mask if there is one."""
         return (call.outputs, *([] if call.mask is None else [call.mask]))
+
+    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+        """That of its input."""
+        return call.mask
 
     def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
         """That of the positions, if there is one."""

@@ -8,8 +8,8 @@ import tensorflow as tf
 from keras_kfac.introspection.adapters import LayerAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.losses import Term
+from keras_kfac.introspection.probes import of_positions, random_vector
 from keras_kfac.introspection.scored_pass import Placed, ScoredPass
-from keras_kfac.math.linalg import with_rank
 from keras_kfac.math.rows import energy_shares
 
 
@@ -72,12 +72,10 @@ class _Probes(NamedTuple):
         seed: tf.Tensor,
     ) -> Self:
         """Back-propagates from the output of a term, with what its positions count."""
-        outputs, _ = term.differentiable(term.outputs)
-        vector = tf.random.stateless_normal(tf.shape(outputs), seed, dtype=outputs.dtype)
+        outputs, vector = random_vector(term, seed)
 
-        def arriving(of_positions: tf.Tensor) -> dict[int, Any]:
-            own = with_rank(tf.cast(of_positions, vector.dtype), vector.shape.rank)
-            return forward_pass.output_gradients(layers, outputs, vector * own)
+        def arriving(amounts: tf.Tensor) -> dict[int, Any]:
+            return forward_pass.output_gradients(layers, outputs, of_positions(vector, amounts))
 
         everywhere = weighted = None
         if term.tells_positions_apart:

@@ -14,6 +14,7 @@ from keras_kfac.introspection.backward_passes import (
 )
 from keras_kfac.introspection.batch_part import WHOLE, BatchPart
 from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.lost_masks import without_lost_masks
 from keras_kfac.introspection.row_weights import row_weights
 from keras_kfac.introspection.scored_pass import Placed, ScoredPass
 from keras_kfac.math.inverses import identity
@@ -23,7 +24,7 @@ from keras_kfac.math.inverses import identity
 SAMPLED_PART = BatchPart(0.5, min_rows=128, min_examples=8)
 
 # Folded into the seed of a pass. Draws of targets come first.
-_PART, _PROBE = 2**20, 2**20 + 1
+_PART, _PROBE, _MASK = 2**20, 2**20 + 1, 2**20 + 2
 
 
 class LayerStatistics(NamedTuple):
@@ -85,6 +86,7 @@ def collect(
     weighted = []
     for index, forward_pass in enumerate(passes):
         pass_seed = fold(seed, index)
+        forward_pass = without_lost_masks(forward_pass, uses, fold(pass_seed, _MASK))
         item = ScoredPass.of(forward_pass, uses, part, fold(pass_seed, _PART), dtype)
         called = [u for u in uses if u.calls(forward_pass)]
         counting = [u for u in called if u.averages_inputs]
