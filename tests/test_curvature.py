@@ -123,6 +123,16 @@ def test_statistics_of_embeddings(shape):
     check_statistics(model, embedding, np.random.default_rng(0).integers(0, 4, size=(6, *shape)))
 
 
+def test_squares_in_a_basis_are_products_of_pairs_of_positions():
+    """Identity 14: by gradients of examples or by Gram matrices of their positions."""
+    rng = np.random.default_rng(0)
+    bases = [np.linalg.qr(rng.normal(size=(d, d)))[0] for d in (4, 5)]
+    inputs, outputs = (rng.normal(size=(2, 3, len(basis))) @ basis for basis in bases)
+    pairs = np.einsum("nsi,nti,nso,nto->io", inputs, inputs, outputs, outputs)
+    actual = example_gradients.squared_gradients(tf.constant(inputs), tf.constant(outputs))
+    assert_close(actual, pairs, 1e-13)
+
+
 def test_squares_of_positions_are_something_else():
     """The mean of squares over positions, in place of the square of the sum."""
     rng = np.random.default_rng(0)
