@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 from autoencoder_peers import ROOT, new_model
 from environment import environment
-from step_cost import NETS, Run
+from step_cost import NETS, Net, Run
 
 from keras_kfac import KFAC
 from keras_kfac.introspection.batch_part import WHOLE
@@ -40,6 +40,12 @@ def steps_of(run: Run) -> Steps:
     """Those of our optimizer, where its schedule has settled."""
     run.settle()
     return lambda count: [run.step() for _ in range(count)]
+
+
+def same_work_run(net: Net) -> Run:
+    """With the periods of kfac-jax, and no factor in blocks."""
+    periods = dict(zip(("factor_update_period", "inverse_update_period"), DEFAULT_PERIODS))
+    return Run(net, KFAC(**periods, max_factor_size=2304))
 
 
 def same_work_steps(run: Run) -> Steps:
@@ -84,10 +90,9 @@ def measure(python: str, turns: int) -> dict:
     """All of them in turns."""
     result: dict = {"environment": environment(), "steps": {OWN: [], SAME: [], JAX: []}}
     net = NETS["deep autoencoder, batch 1000"]
-    periods = dict(zip(("factor_update_period", "inverse_update_period"), DEFAULT_PERIODS))
     # Both before either makes a step: to set seeds, as this does, has TensorFlow compile anew.
     plain = Run(net, KFAC())
-    same = Run(net, KFAC(**periods, max_factor_size=2304))  # No factor is in blocks.
+    same = same_work_run(net)
     with jax_steps(python, plain.x) as jax:
         makers = {OWN: steps_of(plain), SAME: same_work_steps(same), JAX: jax}
         for _ in range(turns):

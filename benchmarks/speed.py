@@ -25,6 +25,8 @@ SCRIPTS = (
     ("step_cost.py", "--variants"),
     ("scaling.py",),
     ("footprint.py",),
+    ("profile_step.py",),
+    ("profile_step.py", "--same-work"),
     ("symmetric_product.py",),
 )
 

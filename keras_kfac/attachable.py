@@ -266,7 +266,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
             curvature.update(passes, Fisher(self.fisher), self.fisher_samples, seed, decay)
 
         due = is_due(self.iterations, self._factor_update_period.value) | is_burning_in
-        ops.cond(due, update, lambda: None)
+        with tf.name_scope("factors"):
+            ops.cond(due, update, lambda: None)
         self._burnt_in.assign_add(tf.cast(is_burning_in, "int64"))
 
     @property

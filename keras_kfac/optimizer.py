@@ -326,7 +326,8 @@ class KFAC(SteppingOptimizer):
             if others:
                 self.fallback.apply(*zip(*others))
 
-        ops.cond(accepted, step, lambda: None)
+        with tf.name_scope("take_step"):
+            ops.cond(accepted, step, lambda: None)
 
     def _take(self, index: int, variable: keras.Variable, move: Move) -> None:
         if not self._has_momentum:

@@ -63,14 +63,19 @@ class SteppingOptimizer(AttachableOptimizer):
         if not gradients:
             return {}, accepted
         step = self._step(batch, gradients, learning_rate)
-        self._refresh(step)
-        proposal = step.propose()
-        model = step.model(proposal) if self.can_adapt else None
+        # Scopes show in profiles.
+        with tf.name_scope("refresh"):
+            self._refresh(step)
+        with tf.name_scope("precondition"):
+            proposal = step.propose()
+        with tf.name_scope("quadratic_model"):
+            model = step.model(proposal) if self.can_adapt else None
         coefficients = self._coefficients(step, proposal, model)
         moves = step.combine(proposal, coefficients)
         if model is not None and self._damping_rule is not None:
             predicted = model.change(coefficients)
-            accepted = self._adapt_damping(self._damping_rule, predicted, step, moves)
+            with tf.name_scope("adapt_damping"):
+                accepted = self._adapt_damping(self._damping_rule, predicted, step, moves)
         if model is not None:
             self._step_rule.remember(model, coefficients, accepted)
         return moves, accepted
