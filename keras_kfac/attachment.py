@@ -200,12 +200,13 @@ class Attachment:
             check_scored(self.model, seen, self.is_trained)
         passes = [p for p in usable if p.scores] or usable
         if not passes:
+            where = ", called outside of that `tf.function`" if len(pending) else ""
             raise RuntimeError(
                 "K-FAC saw no forward pass of the attached model in this training step. Call the "
                 "model itself with training=True, under a `tf.GradientTape` and in the same "
                 "`tf.function` (if any) that applies the gradients. Calling its layers one by one, "
                 "or a different model that holds them, is not seen. Received: attached model "
-                f"{self.model.name!r}" + (", called outside of it" if len(pending) else "")
+                f"{self.model.name!r}{where}"
             )
         pending.check_complete(passes)
         for forward_pass in passes:

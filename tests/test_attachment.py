@@ -432,7 +432,7 @@ def test_gradients_of_an_eager_pass_are_not_applied_in_a_graph(is_scored: bool) 
         outputs = model(x, training=True)
         loss = model.compute_loss(x, y, outputs) if is_scored else model.loss(y, outputs)
     apply = tf.function(lambda gradients: model.optimizer.apply(gradients, variables))
-    with pytest.raises(RuntimeError, match=r"same `tf.function`(?s:.*)Received.*outside of it"):
+    with pytest.raises(RuntimeError, match=r"same `tf.function`(?s:.*)Received.*outside of that"):
         apply(tape.gradient(loss, variables))
 
 
@@ -591,13 +591,35 @@ class LeavesUnreduced(Reduces):
     reduction = "none"
 
 
+class LeavesUnreducedByNone(Reduces):
+    reduction = None  # Keras's other name for it.
+
+
+class Averages(Reduces):
+    """Its loss has one value, which no reduction changes."""
+
+    class Loss(Reduces.Loss):
+        def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+            return tf.reduce_mean(super().call(y_true, y_pred))
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        return self.Loss(reduction=self.reduction)(y, y_pred)
+
+
+class AveragesUnreduced(Averages):
+    reduction = "none"
+
+
 class LeavesOneValue(LeavesUnreduced):
     class Loss(Reduces.Loss):
         def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
             return super().call(y_true, y_pred)[:, tf.newaxis]
 
 
-@pytest.mark.parametrize("cls", [Reduces, LeavesUnreduced], ids=["sum", "none"])
+REDUCING = [Reduces, LeavesUnreduced, LeavesUnreducedByNone, Averages, AveragesUnreduced]
+
+
+@pytest.mark.parametrize("cls", REDUCING)
 def test_loss_that_is_named_is_reduced_as_that_of_the_model(cls: type[keras.Sequential]) -> None:
     loss = helpers.crossentropy()
     expected = factors_by_name(keras.Sequential, helpers.train_on_batches, loss=loss)
