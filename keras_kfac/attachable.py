@@ -63,7 +63,8 @@ class AttachableOptimizer(ConfiguredOptimizer):
         output that two of its calls in a step score counts once. A `compute_loss` of your own calls
         instances of `keras.losses.Loss` on the outputs; what it adds to these has no part in the
         Fisher matrix. Call the model with `training=False` for gradients that the optimizer does
-        not apply, as where a GAN's discriminator has a part in the step of the generator.
+        not apply, as where a GAN's discriminator has a part in the step of the generator, and
+        attach after a warm-up under another optimizer.
 
         Args:
             model: The model that `optimizer` trains.

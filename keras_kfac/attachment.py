@@ -146,6 +146,8 @@ class Attachment:
     ) -> Any:
         if self._is_inference or is_replaying() or not _keras_internals.is_taped():
             return compute_loss(*args, **kwargs)
+        if self._observed is not None:  # It calls itself; what it adds up shows outside.
+            return compute_loss(*args, **kwargs)
         passes = self._pending.usable()
         with observed_losses(self.model.losses) as observed, contextlib.ExitStack() as stack:
             observed.watch([p.outputs for p in passes])
@@ -161,6 +163,8 @@ class Attachment:
                 score = given_score(self._given_loss, args, kwargs, terms.scores)
                 terms = terms._replace(scores=[score])
             _note(passes, terms)
+        else:
+            self._pending.note_other_graph()
         return total
 
     def _fresh_step(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -196,12 +200,13 @@ class Attachment:
             check_scored(self.model, seen, self.is_trained)
         passes = [p for p in usable if p.scores] or usable
         if not passes:
+            where = ", called outside of that `tf.function`" if len(pending) else ""
             raise RuntimeError(
                 "K-FAC saw no forward pass of the attached model in this training step. Call the "
                 "model itself with training=True, under a `tf.GradientTape` and in the same "
                 "`tf.function` (if any) that applies the gradients. Calling its layers one by one, "
                 "or a different model that holds them, is not seen. Received: attached model "
-                f"{self.model.name!r}" + (", not in the same function" if len(pending) else "")
+                f"{self.model.name!r}{where}"
             )
         pending.check_complete(passes)
         for forward_pass in passes:

@@ -107,6 +107,10 @@ class SteppingOptimizer(AttachableOptimizer):
         changes = self.clipnorm, self.clipvalue, self.global_clipnorm
         if any(changes) or self.gradient_accumulation_steps:
             return None
+        # Of a scaled loss Keras's pass backwards is another: theirs would not be shared.
+        whole = getattr(self._require_attachment().model, "optimizer", None)
+        if self.loss_scale_factor or isinstance(whole, keras.optimizers.LossScaleOptimizer):
+            return None
         adapters = [block.adapter for block in self._known.curvature.blocks]
         return GradientRows.of(passes, adapters)
 

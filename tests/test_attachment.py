@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kfac import KFACCallback, attachment
+from keras_kfac.introspection import pending_passes
 from tests import helpers
 
 
@@ -431,8 +432,19 @@ def test_gradients_of_an_eager_pass_are_not_applied_in_a_graph(is_scored: bool) 
         outputs = model(x, training=True)
         loss = model.compute_loss(x, y, outputs) if is_scored else model.loss(y, outputs)
     apply = tf.function(lambda gradients: model.optimizer.apply(gradients, variables))
-    with pytest.raises(RuntimeError, match=r"same `tf.function`(?s:.*)Received.*not in the same"):
+    with pytest.raises(RuntimeError, match=r"same `tf.function`(?s:.*)Received.*outside of that"):
         apply(tape.gradient(loss, variables))
+
+
+def test_loss_of_an_eager_pass_in_a_graph_is_not_seen() -> None:
+    """Nor are its sample weights."""
+    model, x, y = attached(helpers.mlp())
+    weights = tf.constant(np.eye(len(x))[0])
+    with tf.GradientTape() as tape:
+        loss = tf.function(model.compute_loss)(x, y, model(x, training=True), weights)
+    gradients = tape.gradient(loss, model.trainable_variables)
+    with pytest.raises(RuntimeError, match=r"does not call the model.*Received: a model"):
+        model.optimizer.apply(gradients, model.trainable_variables)
 
 
 def test_eager_pass_stays_while_something_else_is_traced() -> None:
@@ -494,6 +506,16 @@ def test_step_of_more_passes_than_are_kept_is_refused(is_scored: bool) -> None:
         pytest.raises(RuntimeError, match=rf"compute_loss.*Received: {MANY} forward passes"),
     ):
         step_of_many(model, x, loss)
+
+
+def test_step_of_more_scored_passes_than_are_kept_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after a warm-up under another optimizer, whose passes would pile up."""
+    monkeypatch.setattr(pending_passes, "_MOST_SCORED", MANY - 2)
+    model, x, _ = attached(helpers.mlp())
+    with pytest.raises(RuntimeError, match=rf"warm-up.*detach.*Received: {MANY} forward passes"):
+        step_of_many(model, x, None)
 
 
 def test_passes_that_no_step_is_after_may_be_many() -> None:
@@ -569,13 +591,35 @@ class LeavesUnreduced(Reduces):
     reduction = "none"
 
 
+class LeavesUnreducedByNone(Reduces):
+    reduction = None  # Keras's other name for it.
+
+
+class Averages(Reduces):
+    """Its loss has one value, which no reduction changes."""
+
+    class Loss(Reduces.Loss):
+        def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+            return tf.reduce_mean(super().call(y_true, y_pred))
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        return self.Loss(reduction=self.reduction)(y, y_pred)
+
+
+class AveragesUnreduced(Averages):
+    reduction = "none"
+
+
 class LeavesOneValue(LeavesUnreduced):
     class Loss(Reduces.Loss):
         def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
             return super().call(y_true, y_pred)[:, tf.newaxis]
 
 
-@pytest.mark.parametrize("cls", [Reduces, LeavesUnreduced], ids=["sum", "none"])
+REDUCING = [Reduces, LeavesUnreduced, LeavesUnreducedByNone, Averages, AveragesUnreduced]
+
+
+@pytest.mark.parametrize("cls", REDUCING)
 def test_loss_that_is_named_is_reduced_as_that_of_the_model(cls: type[keras.Sequential]) -> None:
     loss = helpers.crossentropy()
     expected = factors_by_name(keras.Sequential, helpers.train_on_batches, loss=loss)

@@ -55,6 +55,21 @@ def use_of_rows(monkeypatch):
     return notes
 
 
+@pytest.fixture
+def looked_for(monkeypatch):
+    """Notes for each step that asks for rows whether any were made."""
+    notes = []
+    of = GradientRows.of
+
+    def noted(passes, adapters):
+        rows = of(passes, adapters)
+        notes.append(rows is not None)
+        return rows
+
+    monkeypatch.setattr(GradientRows, "of", noted)
+    return notes
+
+
 def weights_after(monkeypatch, model, batches, smallest, **kwargs):
     """What a few steps make of the weights, with rows for all blocks that are not too small."""
     monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", smallest)
@@ -103,9 +118,10 @@ class TestRows:
         errors = [np.abs(a - b).max() for a, b in zip(actual, expected, strict=True)]
         assert 1e-10 < max(errors) < 1e-5
 
-    def test_large_batches_are_summed(self, monkeypatch, use_of_rows):
-        weights_after(monkeypatch, network(), data(examples=64), 1)
-        assert not any(use_of_rows)
+    @pytest.mark.parametrize("examples", [4, 64])
+    def test_are_not_looked_for_of_large_batches(self, monkeypatch, looked_for, examples):
+        weights_after(monkeypatch, network(), data(examples), 1)
+        assert looked_for == [examples == 4] * STEPS
 
     @pytest.mark.parametrize(
         "options",
@@ -123,12 +139,23 @@ class TestRows:
         for a, b in zip(actual, expected, strict=True):
             assert_close(a, b, 1e-9)
 
-    @pytest.mark.parametrize("options", [{"clipnorm": 0.01}, {"gradient_accumulation_steps": 3}])
-    def test_are_not_looked_for_where_gradients_are_changed(
-        self, monkeypatch, use_of_rows, options
-    ):
+    @pytest.mark.parametrize(
+        "options",
+        [{"clipnorm": 0.01}, {"gradient_accumulation_steps": 3}, {"loss_scale_factor": 8.0}],
+    )
+    def test_are_not_looked_for_where_gradients_are_changed(self, monkeypatch, looked_for, options):
         weights_after(monkeypatch, network(), data(), 1, **options)
-        assert not any(use_of_rows)
+        assert looked_for == []
+
+    def test_are_not_looked_for_where_the_loss_is_scaled(self, monkeypatch, looked_for):
+        monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
+        inner, (x, y) = helpers.kfac(), data()
+        scaling = keras.optimizers.LossScaleOptimizer(inner)
+        model = helpers.compiled(network(), scaling, run_eagerly=True)
+        inner.attach(model)
+        model.train_on_batch(x[:4], y[:4])
+        assert int(inner.iterations) == 1
+        assert looked_for == []
 
     def test_custom_loops_can_change_gradients(self, monkeypatch, use_of_rows):
         """Rows that do not make up the gradient are noticed."""
@@ -153,7 +180,7 @@ class TestRows:
             assert_close(a, 2 * b, 1e-9)
         assert not any(use_of_rows)
 
-    def test_are_not_looked_for_where_the_total_is_not_known(self, monkeypatch, use_of_rows):
+    def test_are_not_looked_for_where_the_total_is_not_known(self, monkeypatch, looked_for):
         """Of a loss that is computed in parts, only the loop knows what it makes of them."""
         monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
         x, y = data()
@@ -165,7 +192,26 @@ class TestRows:
             loss += model.compute_loss(x[:4], y[:4], outputs)
         gradients = tape.gradient(loss, model.trainable_weights)
         optimizer.apply_gradients(zip(gradients, model.trainable_weights))
-        assert use_of_rows and not any(use_of_rows)
+        assert looked_for == [False]
+
+
+@pytest.mark.parametrize("examples", [4, 64, None])
+def test_batches_known_to_be_large_have_none_in_graphs(monkeypatch, examples):
+    monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
+    model, known = network(), []
+    found = [a for layer in model.layers for a in adapt(layer, lambda v: True)]
+
+    @tf.function(input_signature=[tf.TensorSpec([examples, 4, 4, 1], "float64")])
+    def record(x):
+        with recording(model.layers) as recorded:
+            recorded.outputs = model(x)
+            recorded.totals.append(tf.reduce_sum(recorded.outputs))
+        rows = GradientRows.of([recorded], found)
+        known.append(False if rows is None else tf.get_static_value(rows.is_cheaper))
+        return recorded.outputs
+
+    record.get_concrete_function()
+    assert known == [{4: True, 64: False, None: None}[examples]]
 
 
 def test_rows_add_up_to_the_gradients(monkeypatch):

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_kfac import KFAC
 from keras_kfac.introspection.losses import Score, understood
 from keras_kfac.introspection.target_curvature import is_convex
+from keras_kfac.introspection.value_shapes import checked_alike
 from keras_kfac.math.likelihood import Likelihood, normal
 from tests import helpers
 from tests.cases import factors, mlp
@@ -90,6 +91,24 @@ def test_values_of_single_outputs_count_alike(likelihood):
         return
     with pytest.raises(tf.errors.InvalidArgumentError, match="not for single features"):
         model.train_on_batch(x, y)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_values_that_count_alike_do_so_in_half_precision(dtype):
+    """Their mean would not be the number itself. Of NaN steps are left out, without an error."""
+    for size, number in ((10, 0.1), (100, 1 / 3), (1000, 7.77), (3, np.nan)):
+        values = tf.fill([4, size], tf.cast(number, dtype))
+        assert checked_alike(values, 1).shape == values.shape
+
+
+def test_weights_of_single_outputs_are_none_of_positions():
+    def weighs_positions(shape, *weights):
+        score = Score(losses.MeanSquaredError(), tf.zeros(shape), weight=tf.ones(weights))
+        return understood(score, 0).weighs_positions
+
+    assert not weighs_positions([6, 3], 6, 3)
+    assert not weighs_positions([6, 5, 3], 6, 1, 3)
+    assert weighs_positions([6, 5, 3], 6, 5)
 
 
 def test_weights_that_keras_pairs_with_the_last_axis_are_refused():

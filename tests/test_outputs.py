@@ -421,6 +421,13 @@ def test_what_compute_loss_is_called_with_is_the_output(run_eagerly):
         helpers.fit(model, (x, x[:, :2]))
 
 
+def two_heads(kind):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    hidden = layers.Dense(3, name="trunk")(inputs)
+    return kind(inputs, {name: layers.Dense(2, name=name)(hidden) for name in "ab"})
+
+
 class OneByOne(keras.Model):
     """A training step that computes the loss of each output by itself."""
 
@@ -438,14 +445,34 @@ def test_losses_of_outputs_may_be_computed_one_by_one(run_eagerly):
     x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
     y, found = dict.fromkeys(("a", "b"), x[:, :2]), []
     for kind, loss in ((keras.Model, dict.fromkeys(y, "mse")), (OneByOne, "mse")):
-        keras.utils.set_random_seed(0)
-        inputs = keras.Input((4,))
-        hidden = layers.Dense(3, name="trunk")(inputs)
-        model = kind(inputs, {name: layers.Dense(2, name=name)(hidden) for name in y})
+        model = two_heads(kind)
         optimizer = helpers.kfac(fisher="exact", **helpers.ADAPTIVE)
         model.compile(optimizer.attach(model), loss, run_eagerly=run_eagerly)
         model.train_on_batch(x, y)
         found.append([*helpers.factors(optimizer).values(), *model.get_weights()])
+    helpers.assert_same(*found, rtol=1e-5, atol=1e-7)
+
+
+class CallsItself(keras.Model):
+    """Its total is of those for each output."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if not isinstance(y_pred, dict):
+            return SQUARES(y, y_pred, sample_weight)
+        each = [self.compute_loss(x, y[k], y_pred[k], sample_weight) for k in "ab"]
+        return 3.0 * each[0] + each[1]
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "graph"])
+def test_compute_loss_may_call_itself(run_eagerly):
+    x, found = np.random.default_rng(0).normal(size=(8, 4)), []
+    for kind in (keras.Model, CallsItself):
+        model = two_heads(kind)
+        optimizer = helpers.kfac(fisher="exact").attach(model)
+        losses, weights = dict.fromkeys("ab", "mse"), {"a": 3.0, "b": 1.0}
+        model.compile(optimizer, losses, loss_weights=weights, run_eagerly=run_eagerly)
+        model.train_on_batch(x, dict.fromkeys("ab", x[:, :2]), np.arange(8.0))
+        found.append(helpers.factors(optimizer))
     helpers.assert_same(*found, rtol=1e-5, atol=1e-7)
 
 

@@ -93,9 +93,12 @@ def _inputs(forward_pass: ForwardPass, adapter: LayerAdapter) -> tf.Tensor:
 
 
 def _are_cheaper(forward_pass: ForwardPass, adapters: Sequence[LayerAdapter]) -> tf.Tensor:
-    summed, by_rows = 0, tf.zeros((), tf.float64)
+    summed: float = 0.0
+    by_rows: float | tf.Tensor = 0.0
     for adapter in adapters:
         summed += products(adapter.structures)
-        rows = tf.shape(_inputs(forward_pass, adapter))[0]
-        by_rows += products(adapter.structures, pairs=1) * tf.cast(rows, by_rows.dtype)
-    return by_rows < summed
+        inputs = _inputs(forward_pass, adapter)
+        # As a number where it is one: only so is the comparison known while a graph is built.
+        rows = inputs.shape[0] or tf.cast(tf.shape(inputs)[0], tf.float64)
+        by_rows += float(products(adapter.structures, pairs=1)) * rows
+    return tf.convert_to_tensor(by_rows < summed)

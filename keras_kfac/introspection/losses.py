@@ -12,6 +12,7 @@ from keras_kfac.introspection.target_curvature import TargetGradients, TargetHes
 from keras_kfac.introspection.value_shapes import (
     OF_FEATURES,
     check_positions,
+    check_replaced,
     check_weights,
     checked,
     checked_alike,
@@ -169,7 +170,9 @@ class Term:
     @property
     def weighs_positions(self) -> bool:
         """Whether positions of one example may have weights of their own."""
-        sizes = [size for weights in self._weights for size in weights.shape[1:]]
+        # Without a likelihood, all values are of positions of their own.
+        rank = None if self.likelihood is None else self._positions
+        sizes = [size for weights in self._weights for size in weights.shape[1:rank]]
         return any(size != 1 for size in sizes)
 
     @property
@@ -221,12 +224,7 @@ class Term:
             total = _Reduction(values, loss, self.score.reduction)(outputs, outputs, sample_weight)
         # Without a reduction both have an entry for each value, of a shape of Keras's own.
         weight = scalar(self.score.weight, total.dtype)
-        if weight.shape.rank not in (0, total.shape.rank):
-            raise ValueError(
-                "The loss that `attach(model, loss=...)` names must have values of the shape of "
-                "those that the one in its place has, which is not reduced. Received: values of "
-                f"shape {total.shape} in place of {weight.shape}"
-            )
+        check_replaced(weight.shape, total.shape)
         weight = tf.broadcast_to(weight, tf.shape(total))
         return tape.gradient(total, values, output_gradients=weight)
 
@@ -257,8 +255,8 @@ class Term:
 
     def _check_positions(self, weights: tf.TensorShape) -> None:
         """Refuses weights of single outputs, where the likelihood is that of all of a position."""
-        positions = max(self.outputs.shape.rank - 1, 1)
-        if self.likelihood is not None and any(size != 1 for size in weights[positions:]):
+        of_single_outputs = weights[self._positions :]
+        if self.likelihood is not None and any(size != 1 for size in of_single_outputs):
             raise ValueError(
                 f"{OF_FEATURES} Received: weights of shape {weights} for outputs of shape "
                 f"{self.outputs.shape}"
@@ -290,6 +288,11 @@ class Term:
         """How many axes tell the positions apart."""
         if self.likelihood is None:
             return max(values.shape.rank, 1)
+        return self._positions
+
+    @property
+    def _positions(self) -> int:
+        """How many axes of the outputs tell the positions of a likelihood apart."""
         return max(self.outputs.shape.rank - 1, 1)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:

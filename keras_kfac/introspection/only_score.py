@@ -6,9 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_kfac.introspection.known_losses import as_loss, only_entry, only_loss
+from keras_kfac.introspection.known_losses import PerPosition, as_loss, only_entry, only_loss
 from keras_kfac.introspection.losses import Score
 from keras_kfac.introspection.replay import tensors_of
+from keras_kfac.introspection.value_shapes import is_for_all
 
 _ARGUMENTS = ("x", "y", "y_pred", "sample_weight", "training")
 
@@ -18,8 +19,8 @@ def given_score(
 ) -> Score:
     """That of a loss which somebody names, on the output that `compute_loss` is called with.
 
-    It is of what the loss is that is seen in its place, is reduced as that, and counts what that
-    does.
+    It is of what the loss is that is seen in its place, is reduced as that, if that has values to
+    reduce, and counts what that does.
 
     Args:
         loss: A name, function or `keras.Loss`.
@@ -42,10 +43,20 @@ def given_score(
             f"{[score.loss.name for score in replaced]}"
         )
     if replaced:
-        (score,) = replaced
-        return score._replace(loss=as_loss(loss), reduction=score.loss.reduction)
+        return _in_place_of(replaced[0], as_loss(loss))
     sample_weight, is_complete = only_entry(given.get("sample_weight")), targets[0] is not None
     return Score(as_loss(loss), outputs[0], targets[0], sample_weight, is_complete=is_complete)
+
+
+def _in_place_of(score: Score, loss: keras.losses.Loss) -> Score:
+    if loss.reduction == score.loss.reduction:
+        return score._replace(loss=loss)
+    values = PerPosition(score.loss)(score.targets, score.outputs)
+    # Of one value that a loss has for the whole batch, its reduction says nothing.
+    is_reduced = not is_for_all(values, score.outputs)
+    # Keras takes `None` for "none".
+    reduction = score.loss.reduction or "none"
+    return score._replace(loss=loss, reduction=reduction if is_reduced else None)
 
 
 def unseen_score(model: keras.Model, loss: Any, outputs: Any) -> Score:
