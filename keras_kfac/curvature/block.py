@@ -31,6 +31,7 @@ from keras_kfac.math.linalg import (
     Gradient,
     RowPairs,
     cast,
+    epsilon,
     inner_product,
     is_finite,
     plus_diagonal,
@@ -47,8 +48,9 @@ Parts = dict[str, Part]
 """Shapes and initial values of tensors by name."""
 
 
-# Two ways to add up a gradient agree to this, relative to its norm, in float32.
-_ROUNDING = 1e-4
+# Two ways to add up a gradient agree to so many times the precision of its terms: 7 were measured,
+# for up to 4000 rows of 1024, whether these cancel or not.
+_ROUNDING = 100
 _PROBE = (0, 0)  # Seed.
 
 
@@ -299,14 +301,17 @@ class KroneckerBlock:
         """Whether the gradients are the sum of these rows, to rounding; bool scalar.
 
         Both are multiplied by one random vector: what differs does so there, but for bad luck, and
-        a vector costs nothing.
+        a vector costs nothing. Rounding is relative to the rows as well as to their sum, in which
+        they may cancel.
         """
         parts = self.adapter.row_blocks(gradients)
         probe = tf.random.stateless_normal([parts[0].shape[-1], 1], _PROBE, dtype=parts[0].dtype)
         expected = tf.concat([tf.matmul(part, probe) for part in parts], axis=-2)
-        actual = tf.matmul(pairs.inputs, tf.matmul(pairs.outputs, probe), transpose_a=True)
-        rest = tf.reduce_sum(tf.square(actual - expected))
-        return rest <= _ROUNDING**2 * tf.reduce_sum(tf.square(expected))
+        outputs = tf.matmul(pairs.outputs, probe)
+        actual = tf.matmul(pairs.inputs, outputs, transpose_a=True)
+        terms = tf.norm(pairs.inputs, axis=-1, keepdims=True) * outputs
+        size = tf.norm(expected) + tf.norm(terms)
+        return tf.norm(actual - expected) <= _ROUNDING * epsilon(probe.dtype) * size
 
     def precondition(
         self, gradients: Gradients, inverse: Inverse, pairs: RowPairs | None = None
