@@ -16,6 +16,7 @@ from keras_kfac.curvature.regularization import (
 )
 from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.composite import weights_dtype
 from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math.eigen import eigenvalues
@@ -157,7 +158,7 @@ class KroneckerBlock:
         self._damps_each = isinstance(adapter, ExactAdapter)
         common = least_l2_coefficient if self._damps_each else mean_l2_coefficient
         self._l2 = common(adapter.variables)
-        dtype = adapter.variables[0].dtype
+        dtype = weights_dtype(adapter)
         averages = self.averages(adapter).items()
         self._averages = [add_variable(name, shape, dtype) for name, shape in averages]
         self.input_factor, self.output_factor = self._averages[:2]
@@ -333,8 +334,12 @@ class KroneckerBlock:
         blocks = self._product(to_blocks(matrix, self._structures), inverse)
         matrix = from_blocks(blocks, self._structures)
         directions = adapter.from_matrix(matrix)
-        products = [inner_product(gradients[key], value) for key, value in directions.items()]
-        return directions, tf.add_n(products)
+        return directions, self._products(gradients, directions)
+
+    def _products(self, gradients: Gradients, directions: Gradients) -> tf.Tensor:
+        """The inner product of both, in the type of the block: layers may be of several."""
+        each = [inner_product(gradients[key], value) for key, value in directions.items()]
+        return tf.add_n([tf.cast(product, self.input_factor.dtype) for product in each])
 
     def _product(self, matrix: Gradient, inverse: Inverse) -> Gradient:
         dtype = self.input_factor.dtype
@@ -370,4 +375,4 @@ class BlockPlan(NamedTuple):
         parts = self.block_type.inverse_parts(adapter, self.inverse_type).values()
         shapes = [*self.block_type.averages(adapter).values(), *(shape for shape, _ in parts)]
         numbers = sum(map(math.prod, shapes))
-        return tf.as_dtype(adapter.variables[0].dtype).size * numbers
+        return tf.as_dtype(weights_dtype(adapter)).size * numbers

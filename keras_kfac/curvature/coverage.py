@@ -11,6 +11,7 @@ from keras_kfac import _keras_internals
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
 from keras_kfac.curvature.choice import Curvature, CurvatureChoice
 from keras_kfac.introspection.adapters import LayerAdapter, own_variables, report_names
+from keras_kfac.introspection.composite import weights_dtype
 from keras_kfac.introspection.registry import adapt, find_adapters, has_entry
 from keras_kfac.introspection.weight_sharing import Choice, WeightSharing
 from keras_kfac.math.inverses import Inverse
@@ -213,7 +214,7 @@ def _check_precision(plan: BlockPlan) -> None:
     Raises:
         ValueError: If it is one.
     """
-    dtype = tf.as_dtype(plan.adapter.variables[0].dtype)
+    dtype = tf.as_dtype(weights_dtype(plan.adapter))
     factorises = plan.block_type.factorises and not plan.block_type.needs_rows
     matrices = [s for s in plan.adapter.factor_shapes if len(s) > 1 and s[-1] > 1]
     if dtype.size >= 4 or not factorises or not matrices:
