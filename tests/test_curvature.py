@@ -634,6 +634,8 @@ class TestChoice:
     def test_without_gradients_there_are_no_squares(self, name):
         with pytest.raises(ValueError, match=r"forward_only' has no gradients.*Received"):
             KFAC(curvature=name, fisher="forward_only")
+        with pytest.raises(ValueError, match=r"can't be a function: .*beforehand.*Received"):
+            KFAC(curvature=lambda layer: name, fisher="forward_only")
         KFAC(curvature="input", fisher="forward_only")
         KFAC(curvature="inverse_free", fisher="forward_only")
         KFAC(curvature={"hidden": "input"}, fisher="forward_only")
