@@ -543,6 +543,10 @@ class TestChoice:
         (row,) = [r for r in optimizer.coverage() if r.layer.endswith("table")]
         assert row.block == "kronecker" and f"not {name!r}: " in row.reason
 
+    @pytest.mark.parametrize("name", ["inverse_free", "linear_exact"])
+    def test_tied_table_can_have_others(self, name):
+        assert blocks_of(name, self.tied())["table"] == name
+
     @pytest.mark.parametrize("name", ["ekfac", slow_unless("inverse_free", ())])
     def test_tied_table_trains(self, name):
         """That can't have the one, and is diagonal on one side in the other."""
