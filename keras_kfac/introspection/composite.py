@@ -35,7 +35,7 @@ def weights_dtype(adapter: LayerAdapter) -> str:
     >>> model = keras.Sequential([keras.Input((1,)), *parts])
     >>> from keras_kfac.introspection.registry import adapt
     >>> adapters = [adapter for part in parts for adapter in adapt(part, lambda variable: True)]
-    >>> weights_dtype(CompositeAdapter(adapters))
+    >>> weights_dtype(JointWeightsAdapter(adapters))
     'float32'
     """
     return str(keras.backend.result_type(*{v.dtype for v in adapter.variables}))
