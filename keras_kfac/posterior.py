@@ -51,8 +51,9 @@ class LaplacePosterior:
         self._variables = list(self.model.trainable_variables)
         self._mean = [tf.convert_to_tensor(v) for v in self._variables]
         self._blocks = [BlockNormal.of(block, found.examples) for block in found.blocks]
-        flat = [tf.reshape(b.eigenvalues, [-1]) for b in self._blocks]
-        self._eigenvalues = tf.cast(tf.concat(flat, axis=0), tf.float64)
+        # Layers may be of several types.
+        flat = [tf.cast(tf.reshape(b.eigenvalues, [-1]), tf.float64) for b in self._blocks]
+        self._eigenvalues = tf.concat(flat, axis=0)
         squares = [tf.reduce_sum(tf.cast(b.mean, tf.float64) ** 2) for b in self._blocks]
         self._squared_norm = tf.add_n(squares)
         self._precision = scalar(1.0, tf.float64)

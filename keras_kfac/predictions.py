@@ -78,7 +78,8 @@ class Predictions:
         model = self._settings.model
         forward_pass = recorded_pass(model, lambda: model(x, training=False))
         outputs = self._differentiable(forward_pass.outputs)
-        dtype = normals[0].mean.dtype  # Outputs may be of half the precision.
+        # Outputs may be of half the precision, and layers of several.
+        dtype = max((normal.mean.dtype for normal in normals), key=lambda own: own.size)
         covariances = tf.zeros((), dtype)
         jacobians = example_jacobians(forward_pass, self._adapters, outputs)
         for normal, jacobian in zip(normals, jacobians):

@@ -65,6 +65,7 @@ def natural_gradient(
         Loss, gradients and directions `(Jᵀ J + λ I)⁻¹ ∇`.
 
     Raises:
+        TypeError: If `residual_fn` is no function.
         ValueError: Without variables or for those of several dtypes, for a negative damping or
             cut-off, for points of another structure than the functions, without residuals or for
             those of another dtype than the variables, if they depend on none of these, or if they
@@ -110,6 +111,12 @@ def natural_gradient(
 
 
 def _linearised(residual_fn: Any, points: Any, variables: Sequence[tf.Variable]) -> Linearised:
+    for function in [residual_fn] if points is None else keras.tree.flatten(residual_fn):
+        if not callable(function):
+            raise TypeError(
+                "`residual_fn` must be a function; with `points`, it can be a structure of them. "
+                f"Received: {function!r}, points={'None' if points is None else 'some'}"
+            )
     if points is None:
         return linearised(residual_fn, variables)
     pairs: list[tuple[Any, Any]] = []

@@ -142,6 +142,13 @@ def check_finite_positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_finite_not_negative(name: str, value: Any) -> float:
+    """Checks a finite number that is at least 0."""
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"`{name}` must be a number >= 0. Received: {name}={value!r}")
+    return float(value)
+
+
 def check_positive_scalar(name: str, value: Any) -> None:
     """Checks a positive number that is finite, or a scalar tensor of one, if it can be known."""
     if tf.is_tensor(value) and value.shape.rank == 0:
@@ -233,6 +240,12 @@ def check_fisher(value: str, curvature: Curvature) -> str:
         raise ValueError(f"`fisher` must be one of {choices}. Received: fisher={value!r}")
     names = curvature.values() if isinstance(curvature, Mapping) else [curvature]
     without = [name for name, block in STRUCTURES.items() if not block.needs_gradients]
+    if value == Fisher.FORWARD_ONLY and callable(curvature):
+        raise ValueError(
+            "With fisher='forward_only' `curvature` can't be a function: it would have to return "
+            f"one of {without} for each layer, which is not known beforehand. Use a dict. "
+            f"Received: curvature={curvature!r}"
+        )
     if value == Fisher.FORWARD_ONLY and not all(name in without for name in names):
         raise ValueError(
             "fisher='forward_only' has no gradients of single examples, which structures other "

@@ -4,7 +4,6 @@ Source: Desjardins, Simonyan, Pascanu & Kavukcuoglu (2015), "Natural neural netw
 arXiv:1507.00210 (PRONG).
 """
 
-import math
 from typing import Any
 
 import keras
@@ -67,10 +66,8 @@ class Whitening(keras.layers.Layer):
         super().__init__(**kwargs)
         if mode not in MODES:
             raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
-        if not 0 <= epsilon < math.inf:
-            raise ValueError(f"`epsilon` must be a number >= 0. Received: epsilon={epsilon!r}")
         self.mode = mode
-        self.epsilon = epsilon
+        self.epsilon = validation.check_finite_not_negative("epsilon", epsilon)
         self.supports_masking = True
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -121,9 +118,9 @@ def rewhiten(model: keras.Model, x: Any) -> None:
             features. They pass the model once, in inference mode.
 
     Raises:
-        ValueError: If the model has no such layer, a layer's output is read by anything else,
-            its inputs are not finite, or their covariance has no inverse root. Then nothing has
-            changed.
+        ValueError: If the model has no such layer, `x` is a dataset, a layer's output is read by
+            anything else, its inputs are not finite, or their covariance has no inverse root. Then
+            nothing has changed.
 
     Example: see `Whitening`.
     """
@@ -132,6 +129,11 @@ def rewhiten(model: keras.Model, x: Any) -> None:
         raise ValueError(
             "There is nothing to whiten. Received: model "
             f"{model.name!r} without a `Whitening` layer"
+        )
+    if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
+        raise ValueError(
+            "`x` must be inputs as the model is called with: of a dataset, those of a large batch. "
+            f"Received: x={x!r}"
         )
     with recording(layers) as recorded:
         model(tf.nest.map_structure(tf.convert_to_tensor, x), training=False)

@@ -553,6 +553,10 @@ class TestChoice:
         (row,) = [r for r in optimizer.coverage() if r.layer.endswith("table")]
         assert row.block == "kronecker" and f"not {name!r}: " in row.reason
 
+    @pytest.mark.parametrize("name", ["inverse_free", "linear_exact"])
+    def test_tied_table_can_have_others(self, name):
+        assert blocks_of(name, self.tied())["table"] == name
+
     @pytest.mark.parametrize("name", ["ekfac", slow_unless("inverse_free", ())])
     def test_tied_table_trains(self, name):
         """That can't have the one, and is diagonal on one side in the other."""
@@ -597,6 +601,36 @@ class TestChoice:
         frozen = blocks_of({"hidden": "ekfac", "unknown": "ekfac"}, model)
         assert frozen["hidden"] == frozen["unknown"] == "frozen"
 
+    def test_cells_are_refused_with_the_name_of_their_layer(self):
+        """Coverage has their paths, for the weights are theirs."""
+        lstm = layers.LSTM(2, name="lstm")
+        model = keras.Sequential([keras.Input((3, 4)), lstm, layers.Dense(3)], name="m")
+        for key in ("lstm_cell", "m/lstm/lstm_cell"):
+            with pytest.raises(ValueError, match=r"name 'm/lstm', in whose block.*Received"):
+                blocks_of({key: "full"}, model)
+        assert blocks_of({"m/lstm": "full"}, model)["lstm_cell"] == "full"
+        lstm.trainable = False
+        assert blocks_of({"lstm_cell": "full"}, model)["lstm_cell"] == "frozen"
+
+    @pytest.mark.parametrize(
+        ("key", "hint"),
+        [
+            (layers.MultiHeadAttention, r"in them, \['EinsumDense'\]"),
+            ("Bidirectional", r"in them, \['GRU'\]"),
+            (layers.GRUCell, "of a cell, that of its recurrent layer"),
+            (layers.Dropout, "keras_kfac.register"),
+        ],
+    )
+    def test_classes_without_blocks_are_refused(self, key, hint):
+        inputs = keras.Input((3, 4))
+        attended = layers.MultiHeadAttention(1, 2, dropout=0.1)(inputs, inputs)
+        outputs = layers.Bidirectional(layers.GRU(2))(layers.Dropout(0.1)(attended))
+        model = keras.Model(inputs, outputs)
+        with pytest.raises(ValueError, match=f"of layers that have no.*{hint}.*Received: .*{key}"):
+            blocks_of({key: "full"}, model)
+        model.layers[1].trainable = False  # Layers in it could have blocks all the same.
+        assert "frozen" in blocks_of({"EinsumDense": "full", layers.GRU: "full"}, model).values()
+
     def test_unknown_layers_are_refused(self):
         with pytest.raises(ValueError, match=r"`curvature` names layers.*Received: \['absent'\]"):
             blocks_of({"absent": "ekfac", "hidden": "input"})
@@ -614,6 +648,8 @@ class TestChoice:
     def test_without_gradients_there_are_no_squares(self, name):
         with pytest.raises(ValueError, match=r"forward_only' has no gradients.*Received"):
             KFAC(curvature=name, fisher="forward_only")
+        with pytest.raises(ValueError, match=r"can't be a function: .*beforehand.*Received"):
+            KFAC(curvature=lambda layer: name, fisher="forward_only")
         KFAC(curvature="input", fisher="forward_only")
         KFAC(curvature="inverse_free", fisher="forward_only")
         KFAC(curvature={"hidden": "input"}, fisher="forward_only")

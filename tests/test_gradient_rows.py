@@ -1,5 +1,7 @@
 """Gradients of wide dense layers, preconditioned as the rows that they are made of."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from keras_kfac.introspection import gradient_rows
 from keras_kfac.introspection.forward_pass import recording
 from keras_kfac.introspection.gradient_rows import GradientRows
 from keras_kfac.introspection.registry import adapt
+from keras_kfac.math.linalg import RowPairs
 from tests import helpers
 from tests.reference import assert_close
 
@@ -157,7 +160,8 @@ class TestRows:
         assert int(inner.iterations) == 1
         assert looked_for == []
 
-    def test_custom_loops_can_change_gradients(self, monkeypatch, use_of_rows):
+    @pytest.mark.parametrize("change", [2.0, 1 + 1e-8])
+    def test_custom_loops_can_change_gradients(self, monkeypatch, use_of_rows, change):
         """Rows that do not make up the gradient are noticed."""
         monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
         x, y = data()
@@ -176,8 +180,8 @@ class TestRows:
         once = step_of(1.0)
         assert any(use_of_rows)
         use_of_rows.clear()
-        for a, b in zip(step_of(2.0), once):
-            assert_close(a, 2 * b, 1e-9)
+        for a, b in zip(step_of(change), once):
+            assert_close(a, change * b, 1e-10)
         assert not any(use_of_rows)
 
     def test_are_not_looked_for_where_the_total_is_not_known(self, monkeypatch, looked_for):
@@ -212,6 +216,31 @@ def test_batches_known_to_be_large_have_none_in_graphs(monkeypatch, examples):
 
     record.get_concrete_function()
     assert known == [{4: True, 64: False, None: None}[examples]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("left", [1.0, 1e-3], ids=["random", "cancelling"])
+def test_rounding_of_sums_is_told_from_other_gradients(dtype, left):
+    """By the rows: near a minimum the gradient is small, and what rounding leaves of it is not."""
+    dense = layers.Dense(30, use_bias=False, dtype=dtype)
+    dense.build((None, 50))
+    (adapter,) = adapt(dense, lambda variable: True)
+    inputs, outputs = RNG.normal(size=(1000, 50)), RNG.normal(size=(1000, 30))
+    outputs -= (1 - left) * inputs @ np.linalg.lstsq(inputs, outputs)[0]
+    pairs = RowPairs(tf.constant(inputs, dtype), tf.constant(outputs, dtype))
+    exact = inputs.T @ outputs
+    assert (np.linalg.norm(exact) < 10) == (left < 1)
+
+    def agrees(gradient):
+        gradients = {id(dense.kernel): tf.constant(gradient, dtype)}
+        return bool(
+            KroneckerBlock.is_made_of(types.SimpleNamespace(adapter=adapter), pairs, gradients)
+        )
+
+    assert agrees(pairs.sum().numpy())
+    rows = np.linalg.norm(inputs) * np.linalg.norm(outputs) / np.sqrt(len(inputs))
+    penalty = 1000 * np.finfo(dtype).eps * rows * np.ones_like(exact) / np.sqrt(exact.size)
+    assert not agrees(exact + penalty)
 
 
 def test_rows_add_up_to_the_gradients(monkeypatch):

@@ -41,6 +41,13 @@ def one_step(model, curvature, **options):
     return optimizer, flat(step), flat(gradient), fisher
 
 
+# Of five inputs, four units and three outputs, the same in all types.
+WEIGHTS = [
+    np.round(np.random.default_rng(1).normal(size=shape) * 8) / 16
+    for shape in ((5, 4), (4,), (4, 3), (3,))
+]
+
+
 def flat(tensors):
     return np.concatenate([np.ravel(t) for t in tensors])
 
@@ -106,6 +113,27 @@ class TestDense:
         first, middle, last = (row.block for row in optimizer.coverage())
         joint = "dense" if dense.DenseBlock.max_kept else "sample_space"
         assert (first, middle, last) == (joint, "full", joint)
+
+    @pytest.mark.usefixtures("either_way")
+    @pytest.mark.parametrize("dtypes", [("float32", "float64"), ("bfloat16", "float32")])
+    def test_layers_of_several_types(self, dtypes):
+        """One matrix in the wider one, whichever comes first."""
+        steps = []
+        for first, last in (("float64", "float64"), dtypes, dtypes[::-1]):
+            body = [layers.Dense(4, "tanh", dtype=first), layers.Dense(3, dtype=last)]
+            model = keras.Sequential([keras.Input((5,), dtype=first), *body])
+            model.set_weights([w.astype(v.dtype) for w, v in zip(WEIGHTS, model.weights)])
+            optimizer = helpers.kfac(curvature="dense", fisher="exact", kl_clip=None)
+            model.compile(optimizer.attach(model), MSE(), run_eagerly=True)
+            model.train_on_batch(*data())
+            assert [v.dtype for v in model.weights] == [first, first, last, last]
+            steps.append(
+                flat([np.asarray(w, float) - b for w, b in zip(model.get_weights(), WEIGHTS)])
+            )
+        exact, *others = steps
+        for step in others:
+            allowed = 1e-5 if "float64" in dtypes else 0.1
+            assert np.linalg.norm(step - exact) < allowed * np.linalg.norm(exact)
 
     @pytest.mark.usefixtures("either_way")
     def test_layers_on_other_things_than_examples_are_refused(self):
@@ -409,6 +437,17 @@ class TestTridiagonal:
             for dtype in (None, "bfloat16")
         ]
         assert 1e-5 < np.abs(steps[1] - steps[0]).max() / np.abs(steps[0]).max() < 0.03
+
+    def test_frozen_kernels_say_that_they_cannot(self):
+        """Biases alone have one input for all positions: no neighbour has as many."""
+        body = [layers.Dense(3, "tanh", name=name) for name in "abc"]
+        model = keras.Sequential([keras.Input((4, 5)), *body])
+        body[0].kernel.trainable = False
+        model.compile(KFAC(curvature="tridiagonal"), "mse")
+        model.optimizer.attach(model)
+        rows = model.optimizer.coverage()
+        assert [row.block for row in rows] == ["kronecker", "tridiagonal", "tridiagonal"]
+        assert "its kernel is frozen" in rows[0].reason
 
     def test_other_layers_say_that_they_cannot(self):
         optimizer = KFAC(curvature="tridiagonal").attach(helpers.compiled(helpers.cnn()))

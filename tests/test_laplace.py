@@ -160,6 +160,22 @@ class TestCovariance:
             if name == "ekfac":
                 assert_close([np.trace(f) for f in found], [np.trace(e) for e in expected])
 
+    @pytest.mark.parametrize("curvature", ["kfac", "dense"])
+    def test_layers_of_several_types(self, curvature):
+        x, y = RNG.normal(size=(9, 3)), RNG.normal(size=(9, 2))
+        found, weights = [], [RNG.normal(size=shape) for shape in ((3, 3), (3,), (3, 2), (2,))]
+        for dtype in ("float64", "float32"):
+            first = layers.Dense(3, "tanh", dtype=dtype)
+            model = keras.Sequential([keras.Input((3,)), first, layers.Dense(2, dtype="float64")])
+            model.set_weights(weights)
+            posterior = laplace(
+                compiled(model, "mse"), x, y, prior_precision=1.0, curvature=curvature
+            )
+            deviations = posterior.outputs(x).stddev().numpy().ravel()
+            assert [t.dtype.name for t in posterior.sample()][::2] == [dtype, "float64"]
+            found.append([*deviations, float(posterior.log_marginal_likelihood())])
+        np.testing.assert_allclose(*found, rtol=1e-4)
+
     def test_a_layer_that_is_called_twice(self):
         inputs, twice = keras.Input((4,), dtype="float64"), layers.Dense(4, "tanh", dtype="float64")
         outputs = layers.Dense(2, dtype="float64")(twice(twice(inputs)))

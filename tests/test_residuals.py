@@ -203,6 +203,14 @@ def test_wrong_uses_are_refused():
         natural_gradient(lambda: w, [w], cutoff=-1)
     with pytest.raises(ValueError, match=r"(?s)must have a part for each function of .* Received"):
         natural_gradient([lambda x: x, lambda x: x], [w], points=[tf.ones([3, 1])])
+    with pytest.raises(TypeError, match=r"must be a function; .*Received: \[.*, points=None"):
+        natural_gradient([lambda: w, lambda: w], [w])
+    with pytest.raises(TypeError, match=r"must be a function; .*Received: 3, points=some"):
+        natural_gradient([lambda x: x, 3], [w], points=[w, w])
+    with pytest.raises(ValueError, match=r"must return residuals: .*Received: None"):
+        natural_gradient(lambda: None, [w])
+    with pytest.raises(ValueError, match=r"must return residuals: .*Received: \[.*None\]"):
+        natural_gradient(lambda x: [x * w, None], [w], points=tf.ones([3, 1]))
     none = r"(?s)depend on none of the variables. `residual_fn` has to compute .* Received: "
     with pytest.raises(ValueError, match=none):
         natural_gradient(lambda: tf.constant([1.0]), [w])

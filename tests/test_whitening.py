@@ -538,11 +538,17 @@ class TestFailures:
         [
             ({"mode": "zca"}, "Received: mode='zca'"),
             ({"epsilon": -1.0}, "Received: epsilon=-1.0"),
+            ({"epsilon": "a"}, "Received: epsilon='a'"),
         ],
     )
     def test_arguments_out_of_range(self, options, message):
         with pytest.raises(ValueError, match=message):
             Whitening(**options)
+
+    def test_datasets_are_no_inputs(self):
+        data = tf.data.Dataset.from_tensor_slices(correlated(20)).batch(5)
+        with pytest.raises(ValueError, match=r"of a dataset, those of a large batch.*Received: x="):
+            rewhiten(network(Whitening), data)
 
     def test_period_is_a_number_of_batches(self):
         with pytest.raises(ValueError, match="Received: period=0"):

@@ -16,6 +16,7 @@ from keras_kfac.curvature.regularization import (
 )
 from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
+from keras_kfac.introspection.composite import weights_dtype
 from keras_kfac.introspection.per_example import ExactAdapter
 from keras_kfac.introspection.statistics import BatchWeights, LayerStatistics
 from keras_kfac.math.eigen import eigenvalues
@@ -31,6 +32,7 @@ from keras_kfac.math.linalg import (
     Gradient,
     RowPairs,
     cast,
+    epsilon,
     inner_product,
     is_finite,
     plus_diagonal,
@@ -47,8 +49,9 @@ Parts = dict[str, Part]
 """Shapes and initial values of tensors by name."""
 
 
-# Two ways to add up a gradient agree to this, relative to its norm, in float32.
-_ROUNDING = 1e-4
+# Two ways to add up a gradient agree to so many times the precision of its terms: 7 were measured,
+# for up to 4000 rows of 1024, whether these cancel or not.
+_ROUNDING = 100
 _PROBE = (0, 0)  # Seed.
 
 
@@ -155,7 +158,7 @@ class KroneckerBlock:
         self._damps_each = isinstance(adapter, ExactAdapter)
         common = least_l2_coefficient if self._damps_each else mean_l2_coefficient
         self._l2 = common(adapter.variables)
-        dtype = adapter.variables[0].dtype
+        dtype = weights_dtype(adapter)
         averages = self.averages(adapter).items()
         self._averages = [add_variable(name, shape, dtype) for name, shape in averages]
         self.input_factor, self.output_factor = self._averages[:2]
@@ -299,14 +302,17 @@ class KroneckerBlock:
         """Whether the gradients are the sum of these rows, to rounding; bool scalar.
 
         Both are multiplied by one random vector: what differs does so there, but for bad luck, and
-        a vector costs nothing.
+        a vector costs nothing. Rounding is relative to the rows as well as to their sum, in which
+        they may cancel.
         """
         parts = self.adapter.row_blocks(gradients)
         probe = tf.random.stateless_normal([parts[0].shape[-1], 1], _PROBE, dtype=parts[0].dtype)
         expected = tf.concat([tf.matmul(part, probe) for part in parts], axis=-2)
-        actual = tf.matmul(pairs.inputs, tf.matmul(pairs.outputs, probe), transpose_a=True)
-        rest = tf.reduce_sum(tf.square(actual - expected))
-        return rest <= _ROUNDING**2 * tf.reduce_sum(tf.square(expected))
+        outputs = tf.matmul(pairs.outputs, probe)
+        actual = tf.matmul(pairs.inputs, outputs, transpose_a=True)
+        terms = tf.norm(pairs.inputs, axis=-1, keepdims=True) * outputs
+        size = tf.norm(expected) + tf.norm(terms)
+        return tf.norm(actual - expected) <= _ROUNDING * epsilon(probe.dtype) * size
 
     def precondition(
         self, gradients: Gradients, inverse: Inverse, pairs: RowPairs | None = None
@@ -328,8 +334,12 @@ class KroneckerBlock:
         blocks = self._product(to_blocks(matrix, self._structures), inverse)
         matrix = from_blocks(blocks, self._structures)
         directions = adapter.from_matrix(matrix)
-        products = [inner_product(gradients[key], value) for key, value in directions.items()]
-        return directions, tf.add_n(products)
+        return directions, self._products(gradients, directions)
+
+    def _products(self, gradients: Gradients, directions: Gradients) -> tf.Tensor:
+        """The inner product of both, in the type of the block: layers may be of several."""
+        each = [inner_product(gradients[key], value) for key, value in directions.items()]
+        return tf.add_n([tf.cast(product, self.input_factor.dtype) for product in each])
 
     def _product(self, matrix: Gradient, inverse: Inverse) -> Gradient:
         dtype = self.input_factor.dtype
@@ -365,4 +375,4 @@ class BlockPlan(NamedTuple):
         parts = self.block_type.inverse_parts(adapter, self.inverse_type).values()
         shapes = [*self.block_type.averages(adapter).values(), *(shape for shape, _ in parts)]
         numbers = sum(map(math.prod, shapes))
-        return tf.as_dtype(adapter.variables[0].dtype).size * numbers
+        return tf.as_dtype(weights_dtype(adapter)).size * numbers

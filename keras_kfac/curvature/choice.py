@@ -1,6 +1,6 @@
 """Which structure the curvature of each layer has."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,6 +16,7 @@ from keras_kfac.curvature.linear_exact import LinearExactBlock
 from keras_kfac.curvature.tridiagonal import TridiagonalBlock
 from keras_kfac.introspection.adapters import LayerAdapter, layer_path
 from keras_kfac.introspection.per_example import ExactAdapter
+from keras_kfac.introspection.registry import has_entry
 
 STRUCTURES: dict[str, type[KroneckerBlock]] = {
     "kfac": KroneckerBlock,
@@ -43,14 +44,16 @@ class CurvatureChoice:
         curvature: What the user chose.
 
     Raises:
-        ValueError: If the choice names layers that the model does not have.
+        ValueError: If the choice names layers that the model does not have, or classes of layers
+            without blocks.
     """
 
     def __init__(self, model: keras.Model, curvature: Curvature) -> None:
         self._curvature = curvature
         if not isinstance(curvature, Mapping):
             return
-        keys = {k for layer in _keras_internals.flatten_layers(model) for k in _keys(layer)}
+        layers = _keras_internals.flatten_layers(model)
+        keys = {k for layer in layers for k in _keys(layer)}
         unknown = [key for key in curvature if key not in keys]
         if unknown:
             raise ValueError(
@@ -58,6 +61,7 @@ class CurvatureChoice:
                 "`model.summary()` shows, or classes of layers. Received: "
                 f"{unknown} for model {model.name!r}"
             )
+        _check_classes(curvature, layers)
 
     def check(
         self,
@@ -123,6 +127,28 @@ class CurvatureChoice:
             if key in curvature:
                 return curvature[key], key in (layer.name, layer_path(layer))
         return KFAC, False
+
+
+def _check_classes(keys: Iterable[str | type], layers: Sequence[keras.Layer]) -> None:
+    """Refuses classes that choose nothing, as none of their layers can have a block.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    own_names = {name for layer in layers for name in (layer_path(layer), layer.name)}
+    for key in keys:
+        chosen = [layer for layer in layers if key in _keys(layer)]
+        if key in own_names or any(map(has_entry, chosen)):
+            continue
+        within = (part for layer in chosen for part in _keras_internals.flatten_layers(layer))
+        others = sorted({type(part).__name__ for part in within if has_entry(part)})
+        hint = f"those of the layers in them, {others}"
+        if not others:
+            hint = "of a cell, that of its recurrent layer"
+        raise ValueError(
+            "`curvature` has a class of layers that have no curvature block of their own. Choose "
+            f"{hint}; or see keras_kfac.register. Received: {key!r}"
+        )
 
 
 def _refused(name: str, layer: keras.Layer, reason: str) -> ValueError:

@@ -10,7 +10,13 @@ import tensorflow as tf
 from keras_kfac import _keras_internals
 from keras_kfac.curvature.block import BlockPlan, KroneckerBlock
 from keras_kfac.curvature.choice import Curvature, CurvatureChoice
-from keras_kfac.introspection.adapters import LayerAdapter, own_variables, report_names
+from keras_kfac.introspection.adapters import (
+    LayerAdapter,
+    layer_path,
+    own_variables,
+    report_names,
+)
+from keras_kfac.introspection.composite import weights_dtype
 from keras_kfac.introspection.registry import adapt, find_adapters, has_entry
 from keras_kfac.introspection.weight_sharing import Choice, WeightSharing
 from keras_kfac.math.inverses import Inverse
@@ -144,11 +150,16 @@ def plan_coverage(
     names = report_names(layer for layer in layers if own_variables(layer) or has_entry(layer))
     blocks: list[_Block] = []
     reasons: dict[int, str] = {}  # Why a variable has no block, by its `id`.
+    holders: dict[int, keras.Layer] = {}  # The layer in whose block it is, likewise.
     for layer in layers:  # Those above come first: a recurrent layer before its cell.
         found, reason = _adapters(layer, is_trained, called, unreachable or {})
         sharing.check(layer, found)
         own = layer.weights if has_entry(layer) else own_variables(layer)
-        choice.check(layer, own, found, reason if any(is_trained(v) for v in own) else "")
+        trained = [v for v in own if is_trained(v)]
+        holder = next((holders[id(v)] for v in trained if id(v) in holders), None)
+        if holder is not None and not found:
+            reason = f"name {layer_path(holder)!r}, in whose block its weights are"
+        choice.check(layer, own, found, reason if trained else "")
         for adapter in found:
             adapter.reduces = adapter.can_reduce and bool(sharing.reduces(layer))
             for use in (adapter, *adapter.uses):
@@ -156,6 +167,7 @@ def plan_coverage(
                 use.max_factor_size = settings.max_factor_size
             block_type, note = choice.of(adapter)
             blocks.append(_Block(block_type.plan(adapter, settings.inverse_type), note))
+            holders.update((id(v), layer) for v in adapter.variables)
         for variable in own:
             reasons.setdefault(id(variable), reason)
     blocks = _merged(blocks, model)
@@ -213,7 +225,7 @@ def _check_precision(plan: BlockPlan) -> None:
     Raises:
         ValueError: If it is one.
     """
-    dtype = tf.as_dtype(plan.adapter.variables[0].dtype)
+    dtype = tf.as_dtype(weights_dtype(plan.adapter))
     factorises = plan.block_type.factorises and not plan.block_type.needs_rows
     matrices = [s for s in plan.adapter.factor_shapes if len(s) > 1 and s[-1] > 1]
     if dtype.size >= 4 or not factorises or not matrices:

@@ -16,9 +16,9 @@ from keras_kfac.curvature.spectrum import LayerSpectrum
 from keras_kfac.introspection.adapters import Gradients, LayerAdapter
 from keras_kfac.introspection.affine import DenseAdapter
 from keras_kfac.introspection.chains import chain_break
-from keras_kfac.introspection.composite import CrossAdapter, JointWeightsAdapter
+from keras_kfac.introspection.composite import CrossAdapter, JointWeightsAdapter, weights_dtype
 from keras_kfac.math.inverses import Inverse, Shape
-from keras_kfac.math.linalg import RowPairs, inner_product, scalar, trace
+from keras_kfac.math.linalg import RowPairs, scalar, trace
 from keras_kfac.math.tridiagonal import ChainInverse, Pair
 
 
@@ -57,6 +57,8 @@ class TridiagonalBlock(KroneckerBlock):
         """Why the structure can't be had for a layer; `None` if it can."""
         if not isinstance(adapter, DenseAdapter):
             return "it is for chains of Dense layers"
+        if adapter.kernel is None:
+            return "its kernel is frozen: the bias alone sees no inputs"
         return "it has rows for each position, not their mean" if adapter.reduces else None
 
     @classmethod
@@ -154,6 +156,5 @@ class TridiagonalBlock(KroneckerBlock):
         inverse, matrices = tf.nest.map_structure(lambda t: tf.cast(t, dtype), (inverse, matrices))
         directions: Gradients = {}
         for part, matrix in zip(parts, inverse.precondition(matrices)):
-            directions |= part.from_matrix(tf.cast(matrix, self.input_factor.dtype))
-        products = [inner_product(gradients[key], value) for key, value in directions.items()]
-        return directions, tf.add_n(products)
+            directions |= part.from_matrix(tf.cast(matrix, weights_dtype(part)))
+        return directions, self._products(gradients, directions)

@@ -27,6 +27,20 @@ class JointCall(NamedTuple):
     calls: Sequence[Sequence[LayerCall]]
 
 
+def weights_dtype(adapter: LayerAdapter) -> str:
+    """The type of an adapter's weights; of several, one that holds them all.
+
+    Example:
+    >>> parts = [keras.layers.Dense(1, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    >>> model = keras.Sequential([keras.Input((1,)), *parts])
+    >>> from keras_kfac.introspection.registry import adapt
+    >>> adapters = [adapter for part in parts for adapter in adapt(part, lambda variable: True)]
+    >>> weights_dtype(JointWeightsAdapter(adapters))
+    'float32'
+    """
+    return str(keras.backend.result_type(*{v.dtype for v in adapter.variables}))
+
+
 class CompositeAdapter(LayerAdapter):
     """Several adapters, in place of a layer.
 
@@ -93,14 +107,16 @@ class CompositeAdapter(LayerAdapter):
         return [math.prod(part.matrix_shape) for part in self.parts]
 
     def to_matrix(self, gradients: Gradients) -> tf.Tensor:
-        """Joins the gradients of the variables into `[1, weights]`."""
+        """Joins the gradients of the variables into `[1, weights]`, in the type of all weights."""
+        dtype = weights_dtype(self)
         rows = [tf.reshape(part.to_matrix(gradients), [1, -1]) for part in self.parts]
-        return tf.concat(rows, axis=1)
+        return tf.concat([tf.cast(row, dtype) for row in rows], axis=1)
 
     def from_matrix(self, matrix: tf.Tensor) -> Gradients:
-        """Inverse of `to_matrix`."""
+        """Inverse of `to_matrix`: each part in the type of its weights."""
         result: Gradients = {}
         for part, own in zip(self.parts, tf.split(matrix, self._sizes, axis=1)):
+            own = tf.cast(own, weights_dtype(part))
             result |= part.from_matrix(tf.reshape(own, part.matrix_shape))
         return result
 

@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_kfac.introspection.adapters import LayerAdapter
+from keras_kfac.introspection.composite import weights_dtype
 from keras_kfac.introspection.example_gradients import ExampleGradientsAdapter, reason_without_pairs
 from keras_kfac.introspection.forward_pass import ForwardPass
 from keras_kfac.introspection.per_example import ExactAdapter, check_examples
@@ -63,7 +64,7 @@ def example_jacobians(
         arrived = forward_pass.output_gradients(layers, outputs, vectors)
         return [_gradients(single, arrived, own) for single, own in zip(singles, calls)]
 
-    dtypes = [single.variables[0].dtype for single in singles]
+    dtypes = [weights_dtype(single) for single in singles]
     rows = tf.map_fn(row, tf.range(width), fn_output_signature=dtypes, parallel_iterations=1)
     of_outputs = [tf.transpose(each, [1, 0, 2]) for each in rows]
     return [
@@ -84,7 +85,7 @@ def _gradients(
     calls: Mapping[Any, Sequence[Any]],
 ) -> tf.Tensor:
     """Gradients of the weights, `[batch, weights]`, summed over the calls."""
-    dtype = adapter.variables[0].dtype
+    dtype = weights_dtype(adapter)
 
     def cast(things: Any) -> Any:
         return tf.nest.map_structure(

@@ -103,6 +103,11 @@ def linearised_at(
 def _flat(structure: Any, variables: Sequence[tf.Variable]) -> tf.Tensor:
     """Residuals in a row, in the dtype of the variables."""
     dtype = tf.as_dtype(variables[0].dtype)
+    if any(part is None for part in tf.nest.flatten(structure)):
+        raise ValueError(
+            "`residual_fn` must return residuals: a tensor or a structure of them. Received: "
+            f"{structure!r}"
+        )
     parts = [tf.convert_to_tensor(p, dtype_hint=dtype) for p in tf.nest.flatten(structure)]
     if all(part.shape.num_elements() == 0 for part in parts):
         raise ValueError(
