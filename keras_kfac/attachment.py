@@ -200,7 +200,7 @@ class Attachment:
             check_scored(self.model, seen, self.is_trained)
         passes = [p for p in usable if p.scores] or usable
         if not passes:
-            where = ", called outside of that `tf.function`" if len(pending) else ""
+            where = ", called in another `tf.function` or in none" if len(pending) else ""
             raise RuntimeError(
                 "K-FAC saw no forward pass of the attached model in this training step. Call the "
                 "model itself with training=True, under a `tf.GradientTape` and in the same "

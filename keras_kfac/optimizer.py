@@ -269,9 +269,10 @@ class KFAC(SteppingOptimizer):
         terms = [term for forward_pass in passes for term in forward_pass.terms]
         # Their sums over the positions are enough for those that take the loss as it is.
         sums = self.fisher in (Fisher.EMPIRICAL, Fisher.FORWARD_ONLY) and not self.can_adapt
-        for term in terms:
-            needs_positions = not sums or term.is_weighted
-            term.check(self._damping_rule is not None, needs_positions, compiles_draws=compiles)
+        for forward_pass in passes:
+            needs_positions = not sums or any(term.is_weighted for term in forward_pass.terms)
+            for term in forward_pass.terms:
+                term.check(self._damping_rule is not None, needs_positions, compiles_draws=compiles)
         is_refused = tf.reduce_any([term.counts_negatively() for term in terms])
         built = _outside_graphs(lambda: self._build_curvature(passes))
 

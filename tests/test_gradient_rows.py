@@ -243,6 +243,17 @@ def test_rounding_of_sums_is_told_from_other_gradients(dtype, left):
     assert not agrees(exact + penalty)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_are_not_looked_for_in_half_precision(monkeypatch, dtype):
+    """Its rounding would hide what else there is in a gradient."""
+    monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
+    for own, suits in ((dtype, False), ("float32", True)):
+        layer = layers.Dense(4, dtype=own)
+        layer.build((None, 8))
+        (adapter,) = adapt(layer, lambda v: True)
+        assert gradient_rows._suits(adapter, tf.as_dtype(own)) == suits
+
+
 def test_rows_add_up_to_the_gradients(monkeypatch):
     monkeypatch.setattr(gradient_rows, "MIN_PRODUCTS", 1)
     model, (x, y) = network(), data()

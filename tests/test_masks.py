@@ -202,6 +202,26 @@ def test_masks_that_are_lost_hide_nothing(name, in_graph):
             assert_close(actual, expected, 1e-12)
 
 
+def of_two_features(y_true, y_pred):
+    return tf.square(y_true - y_pred[:, :2])
+
+
+# That there is no likelihood.
+@pytest.mark.filterwarnings("ignore:K-FAC knows no predictive:UserWarning")
+@pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "graph"])
+def test_losses_of_other_values_than_positions(run_eagerly):
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((None,), dtype="int32")
+    x = layers.LSTM(3)(layers.Embedding(7, 4, mask_zero=True)(tokens))
+    model = keras.Model(tokens, layers.Dense(3)(x))
+    optimizer = KFAC(0.1, damping=0.1, momentum=0.9, fisher="empirical").attach(model)
+    model.compile(optimizer, of_two_features, run_eagerly=run_eagerly)
+    before = float(model.train_on_batch(PADDED, np.ones((3, 2))))
+    assert float(model.train_on_batch(PADDED, np.ones((3, 2)))) < before
+    table = next(v for name, v in optimizer.model_variables.items() if "input_factor" in name)
+    assert table.numpy()[0] == 0 < table.numpy()[1]
+
+
 def test_weights_may_hide_what_a_lost_mask_should():
     model, loss = losing(True, LOSING["sum"]), LOSS["mse"].make()
     options = {"layers": adapted_layers(model), "sample_weight": (PADDED > 0).astype("float64")}

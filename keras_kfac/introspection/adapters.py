@@ -235,12 +235,19 @@ class LayerAdapter(abc.ABC):
         """
         return ()
 
-    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+    def known_mask(self, call: LayerCall) -> tf.Tensor | None:
         """Which positions of a call are no padding, as far as Keras knows; `None` if all are not.
 
-        It may be lost behind the layer: see `lost_masks.py`.
+        It may be lost behind the layer.
         """
         return None
+
+    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+        """The same, of what has no part in the loss."""
+        mask = self.known_mask(call)
+        if mask is None or call.loses_mask is None:
+            return mask
+        return tf.cast(mask, tf.bool) | call.loses_mask
 
     def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
         """Which of some rows `[..., batch, positions, d]` are no padding; `None` if all are not.

@@ -88,7 +88,7 @@ class AffineAdapter(LayerAdapter):
         mask = self.mask_of(call)
         return () if mask is None else (mask,)
 
-    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+    def known_mask(self, call: LayerCall) -> tf.Tensor | None:
         """That of its input, if it is for positions of a kernel."""
         return call.mask if self.has_masks and self.kernel is not None else None
 

@@ -20,7 +20,8 @@ class EmbeddingAdapter(LayerAdapter):
     """A table of vectors, looked up by index: the kernel of a dense layer on one-hot rows.
 
     Its input factor is diagonal: how often each index occurs. Gradients stay the few rows that they
-    are until they are preconditioned. Index 0 does not count where it stands for a mask.
+    are until they are preconditioned. Index 0 does not count where it stands for a mask,
+    unless that is lost.
     """
 
     takes_slices = True
@@ -67,11 +68,9 @@ class EmbeddingAdapter(LayerAdapter):
         mask = self.mask_of(call)
         return () if mask is None else (mask,)
 
-    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+    def known_mask(self, call: LayerCall) -> tf.Tensor | None:
         """The same."""
-        if call.mask is not None or not self.layer.mask_zero:
-            return call.mask
-        return self._indices(call.inputs) != 0
+        return self._indices(call.inputs) != 0 if self.layer.mask_zero else None
 
     def row_mask(self, rows: tf.Tensor, *observed: Any) -> tf.Tensor | None:
         """That of the indices, if there is one."""
@@ -165,9 +164,10 @@ class ReverseAdapter(LayerAdapter):
 
     def observed(self, call: LayerCall) -> tuple[Any, ...]:
         """The outputs, and the mask if there is one."""
-        return (call.outputs, *([] if call.mask is None else [call.mask]))
+        mask = self.mask_of(call)
+        return (call.outputs, *([] if mask is None else [mask]))
 
-    def mask_of(self, call: LayerCall) -> tf.Tensor | None:
+    def known_mask(self, call: LayerCall) -> tf.Tensor | None:
         """That of its input."""
         return call.mask
 

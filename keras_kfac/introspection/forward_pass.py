@@ -32,6 +32,7 @@ class LayerCall(NamedTuple):
         replay: Runs the call again.
         mask: Which positions of the inputs count, `[batch, positions]`; `None` if all do.
         memo: What has been found out about it, by keys of those who did.
+        loses_mask: Whether what a mask hides counts all the same, bool scalar: see `lost_masks.py`.
     """
 
     inputs: tf.Tensor
@@ -39,6 +40,7 @@ class LayerCall(NamedTuple):
     replay: Replay
     mask: tf.Tensor | None
     memo: dict[Any, Any]
+    loses_mask: tf.Tensor | None = None
 
 
 class ForwardPass:

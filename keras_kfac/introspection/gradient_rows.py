@@ -82,9 +82,10 @@ def _adapters_of(
 
 def _suits(adapter: AffineAdapter, dtype: tf.DType) -> bool:
     """Whether it is large, in full precision, and its gradient that of the loss alone."""
-    is_plain = all(v.regularizer is None and v.dtype == dtype.name for v in adapter.variables)
+    is_full = dtype.size >= 4 and all(v.dtype == dtype.name for v in adapter.variables)
+    is_plain = all(v.regularizer is None for v in adapter.variables)
     is_large = products(adapter.structures) >= MIN_PRODUCTS
-    return is_plain and is_large and adapter.groups is None
+    return is_full and is_plain and is_large and adapter.groups is None
 
 
 def _inputs(forward_pass: ForwardPass, adapter: LayerAdapter) -> tf.Tensor:

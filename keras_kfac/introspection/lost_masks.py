@@ -11,13 +11,14 @@ import tensorflow as tf
 
 from keras_kfac.introspection.adapters import LayerAdapter
 from keras_kfac.introspection.forward_pass import ForwardPass
+from keras_kfac.introspection.losses import Term
 from keras_kfac.introspection.probes import of_positions, random_vector
 
 
 def without_lost_masks(
     forward_pass: ForwardPass, adapters: Sequence[LayerAdapter], seed: tf.Tensor
 ) -> ForwardPass:
-    """The pass, with masks that hide nothing where something arrives at what they should hide.
+    """The pass, with calls that lose their masks if something arrives at what these should hide.
 
     Random numbers are sent back from all positions that count.
 
@@ -27,10 +28,10 @@ def without_lost_masks(
         seed: Stateless seed, int32 `[2]`.
     """
     masked = [
-        (adapter, place, call, mask)
+        (adapter, place, call)
         for adapter in adapters
         for place, call in adapter.calls(forward_pass).items()
-        if (mask := adapter.mask_of(call)) is not None
+        if adapter.known_mask(call) is not None
     ]
     if not masked:
         return forward_pass
@@ -39,17 +40,25 @@ def without_lost_masks(
         own_seed = tf.random.experimental.stateless_fold_in(seed, index)
         target, vector = random_vector(term, own_seed)
         targets.append(target)
-        vectors.append(of_positions(vector, term.coefficients() > 0))
+        vectors.append(of_positions(vector, _counting(term)))
     layers = {id(adapter.layer): adapter.layer for adapter, *_ in masked}.values()
     gradients = forward_pass.output_gradients(layers, targets, vectors)
     # Not in place: in a graph this may be one branch of several.
     result = copy.copy(forward_pass)
     result.calls = {key: list(calls) for key, calls in forward_pass.calls.items()}
-    for adapter, place, call, mask in masked:
+    for adapter, place, call in masked:
         observed = adapter.observed(call)
         rows = adapter.arriving(adapter.arrived(gradients, place), *observed)
         hidden = tf.logical_not(tf.cast(adapter.row_mask(rows, *observed), tf.bool))
         is_lost = tf.reduce_any(hidden[..., tf.newaxis] & (rows != 0))
-        seen = call._replace(mask=tf.cast(mask, tf.bool) | is_lost)
-        result.calls[id(adapter.layer)][place] = seen
+        result.calls[id(adapter.layer)][place] = call._replace(loses_mask=is_lost)
     return result
+
+
+def _counting(term: Term) -> tf.Tensor:
+    """Which positions count, `[batch, ...]`; of values that are of none, which examples."""
+    counts = term.coefficients() > 0
+    positions = term.outputs.shape[: counts.shape.rank]
+    if term.likelihood is None or not counts.shape.is_compatible_with(positions):
+        counts = tf.reduce_any(counts, axis=list(range(1, counts.shape.rank)))
+    return counts
