@@ -64,13 +64,16 @@ def draw_scaling() -> None:
         "batch, 3 layers of 1024 units": lambda n: n.startswith("3 x 1024") and "period" not in n,
     }
     for axes, (title, belongs) in zip(all_axes, sweeps.items()):
-        found = {name: result for name, result in cases.items() if belongs(name)}
-        numbers = [_number(name, title) for name in found]
-        ratios = [milliseconds(r, "KFAC()") / milliseconds(r, "Adam") for r in found.values()]
+        found = {_number(name, title): r for name, r in cases.items() if belongs(name)}
+        numbers = sorted(found)
+        ratios = [
+            milliseconds(found[n], "KFAC()") / milliseconds(found[n], "Adam") for n in numbers
+        ]
         axes.plot(numbers, ratios, marker="o")
         axes.set_xscale("log", base=2)
-        axes.set(title=title, xticks=numbers, xticklabels=numbers, ylim=(0, None))
+        axes.set(title=title, xticks=numbers, xticklabels=numbers)
     all_axes[0].set_ylabel("step of KFAC() / Adam's")
+    all_axes[0].set_ylim(0, None)
     figure.savefig(IMAGES / "scaling.png", dpi=120)
 
 
