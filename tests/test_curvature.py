@@ -617,7 +617,7 @@ class TestChoice:
         [
             (layers.MultiHeadAttention, r"in them, \['EinsumDense'\]"),
             ("Bidirectional", r"in them, \['GRU'\]"),
-            (layers.GRUCell, "of a cell, that of its recurrent layer"),
+            (layers.GRUCell, "of a cell, choose its recurrent layer"),
             (layers.Dropout, "keras_kfac.register"),
         ],
     )

@@ -142,12 +142,12 @@ def _check_classes(keys: Iterable[str | type], layers: Sequence[keras.Layer]) ->
             continue
         within = (part for layer in chosen for part in _keras_internals.flatten_layers(layer))
         others = sorted({type(part).__name__ for part in within if has_entry(part)})
-        hint = f"those of the layers in them, {others}"
+        hint = f"Choose those of the layers in them, {others}"
         if not others:
-            hint = "of a cell, that of its recurrent layer"
+            hint = "In place of a cell, choose its recurrent layer"
         raise ValueError(
-            "`curvature` has a class of layers that have no curvature block of their own. Choose "
-            f"{hint}; or see keras_kfac.register. Received: {key!r}"
+            "`curvature` has a class of layers that have no curvature block of their own. "
+            f"{hint}; see keras_kfac.register for layers of yours. Received: {key!r}"
         )
 
 
