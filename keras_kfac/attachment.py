@@ -80,7 +80,7 @@ class Attachment:
         for name in self._hooked:
             del vars(self.model)[name]
         self._hooked.clear()
-        self._pending.clear()
+        self._pending = PendingPasses()
 
     def _hook(self, name: str, wrapper: Callable[..., Any]) -> None:
         # Into the instance's dictionary directly: `__setattr__` would have Keras track the hook.
@@ -126,7 +126,7 @@ class Attachment:
             return
         scale = float(scaling.dynamic_scale if scaling.built else scaling.initial_scale)
         if scale < self._loss_scale:
-            self._pending.clear()
+            self._pending = PendingPasses()
         self._loss_scale = scale
 
     def _is_training(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -168,7 +168,7 @@ class Attachment:
         return total
 
     def _fresh_step(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._pending.clear()
+        self._pending = PendingPasses()
         return train_step(*args, **kwargs)
 
     def _inference_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

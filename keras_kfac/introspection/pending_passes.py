@@ -76,9 +76,3 @@ class PendingPasses:
             "one, or call `optimizer.detach()` meanwhile. Received: "
             f"{self._forgotten + len(self._passes)} forward passes since the last step"
         )
-
-    def clear(self) -> None:
-        """Forgets all."""
-        self._passes.clear()
-        self._forgotten = 0
-        self._forgets_scored = self._is_scored_elsewhere = False
